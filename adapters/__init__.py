@@ -1,0 +1,1 @@
+"""Plugs for `specx.draft.Draft`: the drafts that people already have."""

@@ -1,0 +1,1 @@
+"""What to measure, and the measured tables in `results/`."""

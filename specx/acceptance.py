@@ -1,0 +1,49 @@
+"""Which drafted tokens are kept: the walk down a tree. Pure functions.
+
+At every node one token is taken from the target's own processed distribution (its argmax, or an independent draw), and
+the walk follows the child that equals it. Children of a node hold distinct tokens and the tree is a function of tokens
+already emitted, so each emitted token is exactly one draw from the target; for such a tree no rule accepts more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from specx.tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A finished walk.
+
+    Attributes:
+        path: Node indices from the root to the deepest accepted node.
+        tokens: What the step emits: the accepted drafted tokens, then the bonus token of the last node.
+    """
+
+    path: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def cut(self, count: int) -> "Walk":
+        """Return the walk that emits only its first `count` tokens."""
+        return self if count >= len(self.tokens) else Walk(self.path[:count], self.tokens[:count])
+
+
+def walk(tree: DraftTree, chosen: Sequence[int]) -> Walk:
+    """Follow the target's tokens down the tree.
+
+    Args:
+        tree: The verified tree, T nodes.
+        chosen: The target's token after each node, T ints; entries of nodes off the walk are not read.
+    """
+    children = {
+        (parent, token): node
+        for node, (parent, token) in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True))
+    }
+    path, tokens = [0], []
+    while True:
+        token = int(chosen[path[-1]])
+        tokens.append(token)
+        child = children.get((path[-1], token))
+        if child is None:
+            return Walk(tuple(path), tuple(tokens))
+        path.append(child)

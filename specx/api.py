@@ -1,0 +1,217 @@
+"""What `import specx` offers: load a target with a draft, generate, stream."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specx.adapters.checkpoints import check_device, compare_tokenizers, load_model, load_tokenizer
+from specx.adapters.classic import ClassicModel
+from specx.adapters.names import DRAFTS, known_draft, locate
+from specx.config import LoadConfig, Settings
+from specx.decoding import Generation, decode
+from specx.draft import DraftModel
+from specx.hf import HFModel
+from specx.text import TextStream
+
+Prompt = str | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Text that became certain with one token, and whether the draft had proposed that token."""
+
+    text: str
+    drafted: bool
+
+
+class SpeculativeModel:
+    """A target with a draft. Holds no state between calls; the Hugging Face models stay unmodified.
+
+    Attributes:
+        target: The Hugging Face target.
+        tokenizer: Its tokenizer, or None.
+        draft: The loaded draft, or None: plain decoding.
+        settings: Defaults of every generation option.
+    """
+
+    def __init__(
+        self, target: HFModel, draft: DraftModel | None, tokenizer: Any | None, settings: Settings | None = None
+    ) -> None:
+        self.engine, self.draft, self.tokenizer = target, draft, tokenizer
+        self.target: PreTrainedModel = target.model
+        self.settings = settings or Settings()
+
+    def generate(self, prompt: Prompt, *, trace: bool = False, plain: bool = False, **options: Any) -> Generation:
+        """Generate after a prompt.
+
+        Args:
+            prompt: Text, or token ids (a list, a tensor [L] or [1, L]).
+            trace: Record every step in `Generation.trace`.
+            plain: Decode without the draft, one token a step.
+            options: Any option of `specx.config`, such as max_new_tokens=64 or temperature=0.7.
+
+        Raises:
+            ValueError: For an option or a prompt that cannot be served; nothing has been generated then.
+        """
+        out, run = self.start(prompt, trace=trace, plain=plain, **options)
+        for _ in run:
+            pass
+        return out
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """Yield text as it is generated. Takes what `generate` takes; needs a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("streaming text needs a tokenizer; this target was loaded without one")
+        _, run = self.start(prompt, **options)
+        return ("".join(each.text for each in segments) for segments in run if any(each.text for each in segments))
+
+    def start(
+        self, prompt: Prompt, *, trace: bool = False, plain: bool = False, **options: Any
+    ) -> tuple[Generation, Iterator[list[Segment]]]:
+        """Check everything, then return the growing `Generation` and an iterator that drives it step by step."""
+        settings = self.settings.override(**options)
+        ids = self._encode(prompt)
+        self._check_length(len(ids), settings)
+        if settings.stopping.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer; this target was loaded without one")
+        out = Generation(len(ids), trace=[] if trace else None)
+        return out, self._run(out, ids, None if plain else self.draft, settings)
+
+    def _run(
+        self, out: Generation, ids: Tensor, draft: DraftModel | None, settings: Settings
+    ) -> Iterator[list[Segment]]:
+        text = TextStream(self.tokenizer, settings.stopping.stop) if self.tokenizer is not None else None
+        texts: list[str] = []
+
+        def stop(token: int) -> bool:
+            texts.append(text.push(token) if text else "")
+            return text.stopped if text else False
+
+        try:
+            with closing(decode(self.engine, draft, ids, settings, out, stop)) as steps:
+                for piece in steps:
+                    yield [Segment(each, number < piece.drafted) for number, each in enumerate(texts)]
+                    texts.clear()
+            if text and (rest := text.flush()):
+                yield [Segment(rest, False)]
+        finally:
+            out.text = text.text if text else ""
+
+    def _encode(self, prompt: Prompt) -> Tensor:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("a text prompt needs a tokenizer; this target was loaded without one: give token ids")
+            prompt = self.tokenizer(prompt, verbose=False)["input_ids"]
+        ids = torch.as_tensor(prompt)
+        if ids.dim() == 2 and ids.shape[0] != 1:
+            raise ValueError(f"one prompt at a time: the batch must be 1, got {ids.shape[0]} rows")
+        ids = ids.reshape(-1)
+        if len(ids) == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            raise ValueError(f"a prompt is text or integer token ids; got {ids.dtype}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.engine.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token ids must be between 0 and {self.engine.vocab_size - 1}; the prompt holds {wrong}")
+        return ids.to(self.engine.device, torch.long)
+
+    def _check_length(self, prompt: int, settings: Settings) -> None:
+        wanted, most = settings.stopping.max_new_tokens, self.engine.max_positions
+        if most is not None and prompt + wanted > most:
+            fits = f"at most {most - prompt} new tokens fit" if prompt < most else "shorten the prompt"
+            raise ValueError(
+                f"prompt of {prompt} tokens plus max_new_tokens {wanted} exceeds the target's {most} positions: {fits}"
+            )
+
+
+def load(
+    target: str | PreTrainedModel | None = None,
+    draft: str | PreTrainedModel | None = None,
+    *,
+    tokenizer: Any | None = None,
+    specextend: bool = True,
+    **options: Any,
+) -> SpeculativeModel:
+    """Load a target and its draft; `load()` is the bundled pair.
+
+    Args:
+        target: Known name, directory, hub id or a live Hugging Face model. None: the one the draft was made for.
+        draft: The same for the draft. None with a target: no draft, plain decoding.
+        tokenizer: The target's, for live models.
+        specextend: Hybrid tree attention and a bounded draft cache; False is ordinary tree speculation.
+        options: Fields of `specx.config.LoadConfig` (dtype, device, backend, ...) and generation defaults.
+
+    Raises:
+        ValueError: Unknown names or options, a tokenizer that differs, a model that cannot be enhanced.
+        RuntimeError: A checkpoint that cannot be loaded.
+    """
+    names = {each.name for each in fields(LoadConfig)}
+    if isinstance(options.get("dtype"), torch.dtype):
+        options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+    if isinstance(options.get("device"), torch.device):
+        options["device"] = str(options["device"])
+    config = LoadConfig(**{name: options.pop(name) for name in names & options.keys()})
+    settings = Settings(use_specextend=specextend).override(**options)
+    if config.device:
+        check_device(config.device)
+    target, draft = _complete(target, draft)
+    target_model = target
+    if isinstance(target, str):
+        where = locate(target, "target")
+        draft_where = locate(draft, "draft") if isinstance(draft, str) else None
+        target_model = load_model(where, config, "target")
+        tokenizer = tokenizer or load_tokenizer(where, config.trust_remote_code)
+    else:
+        draft_where = locate(draft, "draft") if isinstance(draft, str) else None
+    engine = HFModel(target_model, config.backend, hybrid=specextend)
+    if draft is None:
+        return SpeculativeModel(engine, None, tokenizer, settings)
+    draft_model = draft
+    if draft_where is not None:
+        draft_model = load_model(draft_where, config, "draft")
+        _check_tokenizer(tokenizer, load_tokenizer(draft_where, config.trust_remote_code), str(draft))
+    adapter = _classic(draft, draft_model, engine, settings, config, specextend)
+    return SpeculativeModel(engine, adapter, tokenizer, settings)
+
+
+def _complete(target: Any, draft: Any) -> tuple[Any, Any]:
+    """Fill in what was not named: the bundled pair, or the target that a known draft was made for."""
+    if target is None and draft is None:
+        return "demo", "demo"
+    if target is None:
+        known = known_draft(draft) if isinstance(draft, str) else None
+        if isinstance(draft, str):
+            locate(draft, "draft")  # an unknown name is the likelier mistake
+        if known is None:
+            raise ValueError("a draft that is not among the known names needs a target; known: " + ", ".join(DRAFTS))
+        return known.target, draft
+    return target, draft
+
+
+def _check_tokenizer(target: Any | None, draft: Any | None, name: str) -> None:
+    if target is None or draft is None:
+        return
+    _, wrong = compare_tokenizers(target, draft)
+    if wrong:
+        raise ValueError(f"draft {name} does not share the target's tokenizer: {'; '.join(wrong)}")
+
+
+def _classic(
+    draft: Any, model: Any, engine: HFModel, settings: Settings, config: LoadConfig, specextend: bool
+) -> ClassicModel:
+    name = draft if isinstance(draft, str) else type(model).__name__
+    known = known_draft(name)
+    wrapped = HFModel(model, config.backend, hybrid=specextend)
+    claimed = wrapped.max_positions or 2048
+    context, source = claimed, "its config's max_position_embeddings"
+    if known:
+        context, source = known.draft_context, "the table of known names"
+    if settings.cache.draft_context:
+        context, source = settings.cache.draft_context, "asked for"
+    return ClassicModel(name, wrapped, engine.vocab_size, context, source)

@@ -1,0 +1,134 @@
+"""The key/value cache of a model that verifies or drafts trees."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class TreeCache(Cache):
+    """All layers' keys and values, preallocated; rows [0, committed) are the past, the next `pending` rows tree nodes.
+
+    A forward of T tokens appends T pending rows in place. `commit` keeps some of them, `rollback` none. Layers of one
+    shape share one block [layers, B, G, capacity, D], so that a commit is one copy for all of them. Sliding layers are
+    stored in full as well: the window is cut in attention, which makes rollback exact.
+
+    Args:
+        num_layers: Layers of the model.
+        capacity: Rows to allocate; `reserve` grows it.
+        one_block: False allocates layer by layer, for a model that is spread over devices.
+    """
+
+    is_compileable = False
+    is_sliding: Any = ()
+    is_linear: Any = ()
+    is_dummy: Any = ()
+
+    def __init__(self, num_layers: int, capacity: int, one_block: bool = True) -> None:
+        super().__init__(layers=[])
+        self.num_layers, self.capacity, self.one_block = num_layers, capacity, one_block
+        self.committed = self.pending = 0
+        self._blocks: list[list[Tensor]] = []  # [key block, value block], each [n, B, G, capacity, D]
+        self._place: dict[int, tuple[int, int]] = {}  # layer -> (block, slot)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new rows behind the pending ones; return views of all rows, [B, G, rows, D]."""
+        first = self.committed + self.pending
+        last = first + key_states.shape[2]
+        if last > self.capacity:
+            self.reserve(max(last, self.capacity + self.capacity // 2))
+        if layer_idx not in self._place:
+            self._allocate(key_states, value_states, layer_idx)
+        block, slot = self._place[layer_idx]
+        keys, values = self._blocks[block][0][slot], self._blocks[block][1][slot]
+        keys[:, :, first:last] = key_states
+        values[:, :, first:last] = value_states
+        return keys[:, :, :last], values[:, :, :last]
+
+    def advance(self, rows: int) -> None:
+        """Count the rows that a finished forward has written; until then they do not exist."""
+        self.pending += rows
+
+    def commit(self, rows: Sequence[int]) -> None:
+        """Keep the given pending rows, in this order, as the newest committed ones and drop the others."""
+        if any(row < 0 or row >= self.pending for row in rows):
+            raise ValueError(f"rows must be among the {self.pending} pending ones; got {list(rows)}")
+        same = 0
+        while same < len(rows) and rows[same] == same:
+            same += 1  # already in place
+        if same < len(rows):
+            first = self.committed + same
+            for keys, values in self._blocks:
+                index = torch.tensor([self.committed + row for row in rows[same:]], device=keys.device)
+                for block in (keys, values):
+                    # index_select copies first: source and destination may overlap.
+                    block[:, :, :, first : first + len(index)] = block.index_select(3, index)
+        self.committed += len(rows)
+        self.pending = 0
+
+    def rollback(self) -> None:
+        """Drop all pending rows."""
+        self.pending = 0
+
+    def reset(self) -> None:
+        """Drop everything; the memory stays."""
+        self.committed = self.pending = 0
+
+    def keys(self, layer_idx: int) -> Tensor:
+        """Return a layer's committed keys, a view [B, G, committed, D]."""
+        block, slot = self._place[layer_idx]
+        return self._blocks[block][0][slot][:, :, : self.committed]
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` rows, moving what is there."""
+        used = min(self.capacity, self.committed + self.pending)
+        for pair in self._blocks:
+            for i, old in enumerate(pair):
+                pair[i] = old.new_empty(*old.shape[:3], capacity, old.shape[4])
+                pair[i][:, :, :, :used] = old[:, :, :, :used]
+        self.capacity = capacity
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated."""
+        return sum(block.numel() * block.element_size() for pair in self._blocks for block in pair)
+
+    def _allocate(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
+        for number, pair in enumerate(self._blocks):
+            if all(_fits(block, new) for block, new in zip(pair, (key, value), strict=True)):
+                self._place[layer_idx] = (number, layer_idx)
+                return
+        # The first block has a slot for every layer; odd layers (other shape, other device) get one of their own.
+        slots = self.num_layers if self.one_block and not self._blocks else 1
+        batch, groups = key.shape[:2]
+        pair = [new.new_empty(slots, batch, groups, self.capacity, new.shape[3]) for new in (key, value)]
+        self._blocks.append(pair)
+        self._place[layer_idx] = (len(self._blocks) - 1, layer_idx if slots > 1 else 0)
+
+    # What transformers' own code may ask a cache.
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.committed + self.pending
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.committed + self.pending + int(query_length), 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.committed + self.pending
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+
+def _fits(block: Tensor, new: Tensor) -> bool:
+    """Tell whether a layer's new rows [B, G, T, D] belong into a block that has a slot for every layer."""
+    same_kind = block.dtype == new.dtype and block.device == new.device
+    return same_kind and block.shape[0] > 1 and (*block.shape[1:3], block.shape[4]) == (*new.shape[:2], new.shape[3])

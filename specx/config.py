@@ -1,0 +1,166 @@
+"""Every option, its default and its rule, written once; the command line is generated from these fields.
+
+No torch here: `specx --help` reads this module.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Self
+
+Policy = Literal["full", "window", "retrieval", "auto"]
+
+
+def option(default: Any, text: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
+    """Declare an option: a dataclass field whose rule and help text travel with it."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+
+
+class Checked:
+    """A frozen dataclass whose fields are checked against their declared rules when it is made."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            check(each.name, getattr(self, each.name), each.default, each.metadata)
+
+
+def check(name: str, value: Any, default: Any, rule: Any) -> None:
+    """Raise ValueError, naming the option, the value and what is allowed, if `value` breaks `rule`."""
+    if value is None and default is None:
+        return
+    if rule.get("choices") and value not in rule["choices"]:
+        raise ValueError(f"{name} must be one of {', '.join(rule['choices'])}; got {value!r}")
+    low, high = rule.get("low"), rule.get("high")
+    if low is None and high is None:
+        return
+    wants_int = isinstance(low, int) and not isinstance(low, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or (wants_int and value != int(value)):
+        raise ValueError(f"{name} must be {'an integer' if wants_int else 'a number'}; got {value!r}")
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {bounds}; got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class TreeConfig(Checked):
+    """Size of the draft tree. `nodes` counts the root; `depth` d gives d + 1 levels below the root, as in EAGLE-2."""
+
+    nodes: int = option(16, "Nodes of a draft tree, root included; 1 is plain decoding.", low=1, high=256)
+    depth: int = option(4, "The tree has depth + 1 levels below its root.", low=0, high=32)
+    beam: int = option(4, "Branching: children drafted a node, and nodes expanded a level.", low=1, high=64)
+    tree_threshold: float | None = option(
+        None, "Stop growing when a level adds less expected tokens than this (OPT-Tree).", low=0.0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig(Checked):
+    """What the draft's key/value cache holds once the context no longer fits `draft_context`."""
+
+    policy: Policy | None = option(
+        None,
+        "full; window (sinks + recent); retrieval (also what the target attends to); auto (full while it fits, "
+        "then retrieval). Default: auto with --use-specextend, else full.",
+        choices=("full", "window", "retrieval", "auto"),
+    )
+    draft_context: int | None = option(
+        None, "Positions the draft was trained for. Default: known name, else its config.", low=16
+    )
+    chunk_size: int = option(32, "Tokens of a chunk that retrieval keeps or drops.", low=1)
+    top_chunks: int = option(32, "Chunks that retrieval keeps at most.", low=0)
+    retrieve_every: int = option(4, "Verification steps between two retrievals.", low=1)
+    sinks: int = option(4, "First tokens of the context that are always kept.", low=0)
+    recent: int | None = option(
+        None, "Newest tokens always kept. Default: all that fits (window), half of draft_context (retrieval).", low=1
+    )
+    refill: Literal["recompute"] = option(
+        "recompute", "How kept tokens get their keys and values.", choices=("recompute",)
+    )
+    score_layer: int | None = option(
+        None, "Target layer whose attention scores the chunks. Default: the last full-attention one.", low=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig(Checked):
+    """How a token is drawn from the target's logits. Temperature 0 is greedy."""
+
+    temperature: float = option(0.0, "0 is greedy.", low=0.0)
+    top_k: int | None = option(None, "Sample from the k most likely tokens only.", low=1)
+    top_p: float | None = option(None, "Sample from the smallest set with this probability.", low=0.0, high=1.0)
+    repetition_penalty: float | None = option(
+        None, "Over 1 makes seen tokens less likely. Default: the model's.", low=1e-6
+    )
+    seed: int = option(0, "Seed of the draws.", low=0)
+
+
+@dataclass(frozen=True, slots=True)
+class StopConfig(Checked):
+    """When a generation ends, besides the target's end-of-text tokens."""
+
+    max_new_tokens: int = option(256, "Tokens to generate at most.", low=1)
+    stop: tuple[str, ...] = field(default=(), metadata={"help": "End after this text (may be given several times)."})
+
+    def __post_init__(self) -> None:
+        Checked.__post_init__(self)
+        given = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if any(not isinstance(text, str) or not text for text in given):
+            raise ValueError(f"stop must be non-empty texts; got {self.stop!r}")
+        object.__setattr__(self, "stop", given)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All options of one generation, by concern."""
+
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stopping: StopConfig = field(default_factory=StopConfig)
+    use_specextend: bool = True
+
+    @property
+    def policy(self) -> Policy:
+        """The cache policy in force."""
+        return self.cache.policy or ("auto" if self.use_specextend else "full")
+
+    def override(self, **options: Any) -> Self:
+        """Return a copy with flat option names replaced.
+
+        Raises:
+            ValueError: An unknown name (the nearest known one is offered) or a value out of its range.
+        """
+        result = self
+        if "use_specextend" in options:
+            result = replace(result, use_specextend=bool(options.pop("use_specextend")))
+        for concern in ("tree", "cache", "sampling", "stopping"):
+            part = getattr(result, concern)
+            mine = {each.name: options.pop(each.name) for each in fields(part) if each.name in options}
+            if mine:
+                result = replace(result, **{concern: replace(part, **mine)})
+        for name in options:
+            known = [
+                each.name for part in (TreeConfig, CacheConfig, SamplingConfig, StopConfig) for each in fields(part)
+            ]
+            raise ValueError(f"unknown option {name!r}{nearest(name, known)} Known: {', '.join(known)}.")
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class LoadConfig(Checked):
+    """How checkpoints are loaded and where they run."""
+
+    backend: str = option("auto", "Attention backend.", choices=("auto", "reference", "cpu"))
+    dtype: str = option("auto", "auto is the checkpoint's.", choices=("auto", "float32", "bfloat16", "float16"))
+    device: str | None = option(None, "cpu, cuda, cuda:1, ... Default: cuda where there is one.")
+    device_map: str | None = option(None, "auto spreads the target over devices (needs accelerate).", choices=("auto",))
+    quantization: str | None = option(None, "Of the target (needs bitsandbytes).", choices=("4bit", "8bit"))
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings."})
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest known name, or "."."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -1,0 +1,65 @@
+"""The socket that every adapter fits."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from specx.acceptance import Walk
+from specx.tree import DraftTree, Plan
+
+
+class Draft(Protocol):
+    """One request's draft: knows all tokens so far, caches some of them, proposes trees."""
+
+    @property
+    def cached(self) -> int:
+        """Committed tokens in the draft's key/value cache."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Accepted tokens that the next `propose` must feed first, the root included."""
+        ...
+
+    def prefill(self, ids: Tensor, keep: Tensor | None) -> None:
+        """Take the prompt, int64 [L]; cache the tokens at the ascending indices `keep`, or all of them."""
+        ...
+
+    def begin(self, root: int) -> None:
+        """Take the first token that the target chose."""
+        ...
+
+    def propose(self, plan: Plan) -> DraftTree:
+        """Grow a tree whose root is the newest token."""
+        ...
+
+    def accept(self, walk: Walk) -> None:
+        """Take over a verified step: the path through the tree proposed last, and the tokens it emitted."""
+        ...
+
+    def refresh(self, keep: Tensor) -> None:
+        """Rebuild the cache from the tokens at `keep`, ascending indices into all tokens but the root."""
+        ...
+
+
+class DraftModel(Protocol):
+    """A loaded draft, from which each request starts a `Draft`.
+
+    Attributes:
+        name: What users call it.
+        draft_context: Positions it was trained for.
+        context_source: Where that number comes from, in words.
+        max_positions: Positions that it can compute at all; None: no limit.
+        taps: Target layers whose outputs it needs.
+    """
+
+    name: str
+    draft_context: int
+    context_source: str
+    max_positions: int | None
+    taps: Sequence[int]
+
+    def start(self, capacity: int, tree_rows: int) -> Draft:
+        """Start a request whose cache reaches `capacity` tokens, plus `tree_rows` rows of a growing tree."""
+        ...

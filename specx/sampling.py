@@ -1,0 +1,100 @@
+"""The target's processed distribution at every node of a tree, and one token from each."""
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from specx.config import SamplingConfig
+from specx.tree import DraftTree
+
+# Processors that never look at the running ids: one call for all nodes.
+_ID_FREE = {
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+}
+# Stateless ones that do: one call a tree level, whose nodes all have running ids of one length.
+_LEVEL_WISE = {
+    "RepetitionPenaltyLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+}
+
+
+class TokenChooser:
+    """Takes the target's token at each node: the argmax at temperature 0, else a seeded draw.
+
+    Args:
+        processors: The target's, from `hf.logits_processors`.
+        sampling: Temperature and seed.
+        device: Of the logits.
+
+    Attributes:
+        mode: "batch", "level" or "walk": how the processors are called (anything unknown or stateful: along the walk).
+    """
+
+    def __init__(self, processors: LogitsProcessorList, sampling: SamplingConfig, device: torch.device) -> None:
+        self.processors, self.greedy = processors, sampling.temperature == 0
+        self.generator = torch.Generator(device=device).manual_seed(sampling.seed)
+        names = {type(each).__name__ for each in processors}
+        if names <= _ID_FREE:
+            self.mode = "batch"
+        else:
+            self.mode = "level" if names <= _ID_FREE | _LEVEL_WISE else "walk"
+
+    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
+        """Return the target's token after each node.
+
+        Args:
+            logits: [T, V].
+            tree: T nodes.
+            ids: All tokens before the root, int64 [L].
+
+        Returns:
+            T ints; -1 at nodes that a walk cannot reach, in mode "walk".
+        """
+        if self.mode == "batch":
+            return self._take(self.processors(ids[None], logits.float())).tolist()
+        if self.mode == "walk":
+            return self._along_the_walk(logits, tree, ids)
+        processed = torch.empty_like(logits, dtype=torch.float32)
+        for depth in range(int(tree.depths.max()) + 1):
+            nodes = (tree.depths == depth).nonzero().flatten()
+            running = torch.cat([ids.expand(len(nodes), -1), _path_tokens(tree, nodes, depth)], dim=1)
+            processed[nodes] = self.processors(running, logits[nodes].float())
+        return self._take(processed).tolist()
+
+    def _take(self, scores: Tensor) -> Tensor:
+        if self.greedy:
+            return scores.argmax(-1)
+        return torch.multinomial(torch.softmax(scores, -1), 1, generator=self.generator).squeeze(1)
+
+    def _along_the_walk(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
+        chosen, node, running = [-1] * len(tree), 0, ids
+        while True:
+            running = torch.cat([running, tree.tokens[node : node + 1]])
+            scores = self.processors(running[None], logits[node : node + 1].float())
+            chosen[node] = int(self._take(scores))
+            match = ((tree.parents == node) & (tree.tokens == chosen[node])).nonzero().flatten()
+            if len(match) == 0:
+                return chosen
+            node = int(match[0])
+
+
+def _path_tokens(tree: DraftTree, nodes: Tensor, depth: int) -> Tensor:
+    """Return the tokens from the root to each node, int64 [n, depth + 1]; all nodes lie at `depth`."""
+    columns = []
+    for _ in range(depth + 1):
+        columns.append(tree.tokens[nodes])
+        nodes = tree.parents[nodes]
+    return torch.stack(columns[::-1], dim=1)

@@ -1,0 +1,73 @@
+"""The target: the model whose output is wanted, seen as prefill, verify, keep."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from specx.hf import HFModel, Output
+from specx.retrieval import chunk_scores
+from specx.tree import DraftTree
+
+PREFILL_CHUNK = 2048
+
+
+class Target:
+    """One request's view of an unmodified model; its cache dies with it.
+
+    Args:
+        model: The enhanced model.
+        capacity: Rows of the cache: prompt, new tokens and the nodes of one tree.
+        score_layer: Layer whose attention scores the context; None: no scores.
+        taps: Decoder layers whose outputs a draft wants (`Output.features`).
+    """
+
+    def __init__(self, model: HFModel, capacity: int, score_layer: int | None = None, taps: Sequence[int] = ()) -> None:
+        self.model, self.score_layer, self.taps = model, score_layer, tuple(taps)
+        self.cache = model.new_cache(capacity)
+        self._last: Output | None = None
+
+    def prefill(self, ids: Tensor, on_chunk: Callable[[Output], None] | None = None) -> Output:
+        """Run the prompt in chunks and return the output of the last one: logits [1, V] of its last row.
+
+        Args:
+            ids: int64 [L].
+            on_chunk: Called with every chunk's output, for drafts that stream features.
+        """
+        for first in range(0, len(ids), PREFILL_CHUNK):
+            chunk = ids[first : first + PREFILL_CHUNK]
+            positions = torch.arange(first, first + len(chunk), device=ids.device)
+            self._last = self.model.forward(
+                chunk, positions, self.cache, keep_logits=1, taps=self.taps, score_layer=self.score_layer
+            )
+            self.cache.commit(range(len(chunk)))
+            if on_chunk is not None:
+                on_chunk(self._last)
+        assert self._last is not None
+        return self._last
+
+    def verify(self, tree: DraftTree) -> Output:
+        """Run all nodes of a tree in one forward; logits [T, V]. The nodes stay pending until `keep`."""
+        mask = None if len(tree) == 1 else tree.mask()
+        positions = tree.depths + self.cache.committed
+        self._last = self.model.forward(
+            tree.tokens, positions, self.cache, mask=mask, taps=self.taps, score_layer=self.score_layer
+        )
+        return self._last
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Keep the nodes of an accepted path, root first, and drop the rest of the tree."""
+        self.cache.commit(path)
+
+    def chunk_scores(self, node: int, chunk_size: int) -> Tensor | None:
+        """Score the committed context by what `node` of the last forward attended to. Call it after `keep`.
+
+        Returns:
+            float32 [C], or None if there is no score layer.
+        """
+        if self.score_layer is None or self._last is None or self._last.scored is None:
+            return None
+        row = self._last.scored
+        key = self.cache.keys(self.score_layer)[0]
+        query, lse = row.query[:, node].to(key.device), row.lse[:, node].to(key.device)
+        return chunk_scores(key, query, lse, row.scale, row.softcap, chunk_size)

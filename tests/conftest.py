@@ -1,0 +1,63 @@
+"""Tiny random models, made once a session. No download, no GPU."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specx.adapters.classic import ClassicModel
+from specx.api import SpeculativeModel
+from specx.hf import HFModel
+
+
+def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """A random Llama with logits far enough apart that float32 rounding decides nothing."""
+    options: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(options | overrides))).eval()
+
+
+def noised(model: Any, std: float, seed: int = 1) -> Any:
+    """A copy with noise on its weights: a draft that agrees with its target most of the time."""
+    generator = torch.Generator().manual_seed(seed)
+    twin = copy.deepcopy(model)
+    for weight in twin.parameters():
+        weight.data += std * torch.randn(weight.shape, generator=generator)
+    return twin
+
+
+def pair(target: Any, draft: Any, draft_context: int = 128, backend: str = "auto", **kwargs: Any) -> SpeculativeModel:
+    """A target and a classic draft without tokenizer, ids only."""
+    engine = HFModel(target, backend)
+    plug = ClassicModel("tiny", HFModel(draft, backend), engine.vocab_size, draft_context, "the test")
+    return SpeculativeModel(engine, plug, None, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny: LlamaForCausalLM) -> SpeculativeModel:
+    return pair(tiny, noised(tiny, 0.02))
+
+
+@pytest.fixture
+def prompt_of() -> Callable[[int], torch.Tensor]:
+    """prompt_of(n) gives n random ids, the same each time."""
+    return lambda n: torch.randint(1, 64, (n,), generator=torch.Generator().manual_seed(n))
