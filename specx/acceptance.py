@@ -18,14 +18,18 @@ class Walk:
     Attributes:
         path: Node indices from the root to the deepest accepted node.
         tokens: What the step emits: the accepted drafted tokens, then the bonus token of the last node.
+        drafted: How many of the emitted tokens the draft had proposed.
     """
 
     path: tuple[int, ...]
     tokens: tuple[int, ...]
+    drafted: int
 
     def cut(self, count: int) -> "Walk":
         """Return the walk that emits only its first `count` tokens."""
-        return self if count >= len(self.tokens) else Walk(self.path[:count], self.tokens[:count])
+        if count >= len(self.tokens):
+            return self
+        return Walk(self.path[:count], self.tokens[:count], min(self.drafted, count))
 
 
 def walk(tree: DraftTree, chosen: Sequence[int]) -> Walk:
@@ -45,5 +49,5 @@ def walk(tree: DraftTree, chosen: Sequence[int]) -> Walk:
         tokens.append(token)
         child = children.get((path[-1], token))
         if child is None:
-            return Walk(tuple(path), tuple(tokens))
+            return Walk(tuple(path), tuple(tokens), len(path) - 1)
         path.append(child)

@@ -1,6 +1,6 @@
 """What `import specx` offers: load a target with a draft, generate, stream."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any
@@ -72,7 +72,7 @@ class SpeculativeModel:
 
     def start(
         self, prompt: Prompt, *, trace: bool = False, plain: bool = False, **options: Any
-    ) -> tuple[Generation, Iterator[list[Segment]]]:
+    ) -> tuple[Generation, Generator[list[Segment]]]:
         """Check everything, then return the growing `Generation` and an iterator that drives it step by step."""
         settings = self.settings.override(**options)
         ids = self._encode(prompt)
@@ -84,7 +84,7 @@ class SpeculativeModel:
 
     def _run(
         self, out: Generation, ids: Tensor, draft: DraftModel | None, settings: Settings
-    ) -> Iterator[list[Segment]]:
+    ) -> Generator[list[Segment]]:
         text = TextStream(self.tokenizer, settings.stopping.stop) if self.tokenizer is not None else None
         texts: list[str] = []
 

@@ -1,7 +1,8 @@
 """Attention over disjoint parts of the keys, merged by log-sum-exp: hybrid tree attention.
 
-Source: arXiv 2505.20776 and 2502.17421. The committed prefix needs no mask, so it runs on a flash kernel; only the small
-tail (tree nodes, or the causal triangle of a prefill chunk) carries one. Both parts return their log-sum-exp and are merged exactly.
+Source: arXiv 2505.20776 and 2502.17421. The committed prefix needs no mask, so it runs on a flash kernel; only the
+small tail (tree nodes, or the causal triangle of a prefill chunk) carries one. Both parts return their log-sum-exp and
+are merged exactly.
 
 Layout here is always [B, H, T, D] (Hugging Face's); a backend that wants another one transposes inside itself.
 """

@@ -1,8 +1,8 @@
 """The loop: draft a tree, verify it in one forward of the target, keep what the target would have said itself."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +45,7 @@ class Generation:
     facts: dict[str, Any] = field(default_factory=dict)
     accepted: Counter[int] = field(default_factory=Counter)
     emitted: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     draft_kv_tokens: int = 0
 
     @property
@@ -100,7 +100,7 @@ class Piece:
 
 def decode(
     model: HFModel, draft_model: DraftModel | None, ids: Tensor, settings: Settings, out: Generation, stop: StopCheck
-) -> Iterator[Piece]:
+) -> Generator[Piece]:
     """Generate after `ids`, yielding what each step emits; everything else goes into `out`.
 
     The target's output is unchanged: greedy in float32 it is `model.generate`'s, sampled it has the same law.
@@ -115,7 +115,7 @@ def decode(
     with out.clock("first"):
         step = target.prefill(ids)
         root = request.chooser.choose(step.logits, DraftTree.single(int(ids[-1]), ids.device), ids[:-1])[0]
-        done = request.emit(request.cut(Walk((0,), (root,))))
+        done = request.emit(request.cut(Walk((0,), (root,), 0)))
         if not done:
             request.prefill_draft(root)
     yield Piece((root,), 0)
@@ -124,7 +124,7 @@ def decode(
         kept = request.refresh_if_due()
         plan = request.controller.plan(settings.stopping.max_new_tokens - len(out.tokens))
         with out.clock("draft"):
-            tree = draft.propose(plan) if draft and plan.nodes > 1 else DraftTree.single(out.tokens[-1], ids.device)
+            tree = draft.propose(plan).to(ids.device) if draft and plan.nodes > 1 else request.root_alone()
         with out.clock("verify"):
             step = target.verify(tree)
             chosen = request.chooser.choose(step.logits, tree, request.ids[: target.cache.committed])
@@ -137,7 +137,7 @@ def decode(
         done = request.emit(found)
         request.record(tree, found, kept)
         out.seconds["decode"] += time.perf_counter() - began
-        yield Piece(found.tokens, min(len(found.path) - 1, len(found.tokens)))
+        yield Piece(found.tokens, found.drafted)
 
 
 class _Request:
@@ -184,6 +184,10 @@ class _Request:
     def ids(self) -> Tensor:
         """All tokens so far, int64."""
         return self._buffer[: self.out.prompt_tokens + len(self.out.tokens)]
+
+    def root_alone(self) -> DraftTree:
+        """Return the tree of a round without a draft."""
+        return DraftTree.single(self.out.tokens[-1], self._buffer.device)
 
     def _policy(self, model: HFModel, draft: DraftModel, length: int) -> CachePolicy:
         name, config = self.settings.policy, self.settings.cache
@@ -247,7 +251,7 @@ class _Request:
     def record(self, tree: DraftTree, found: Walk, kept: tuple[int, ...] | None) -> None:
         """Count a verification step."""
         self.out.emitted += len(found.tokens)
-        self.out.accepted[min(len(found.path) - 1, len(found.tokens))] += 1
+        self.out.accepted[found.drafted] += 1
         self.out.draft_kv_tokens = self.draft.cached if self.draft else 0
         if self.out.trace is not None:
             self.out.trace.append(

@@ -248,7 +248,7 @@ class HFModel:
             for config in self._configs:
                 config._attn_implementation = IMPLEMENTATION
             for module in self._attentions:
-                module._specx_call = call  # type: ignore[assignment]
+                module._specx_call = call
             yield
         finally:
             for config, implementation in zip(self._configs, before, strict=True):

@@ -49,6 +49,10 @@ class DraftTree:
         zero = torch.zeros(1, dtype=torch.long, device=device)
         return cls(zero + root, zero - 1, zero, zero.float())
 
+    def to(self, device: torch.device) -> "DraftTree":
+        """Return the tree on `device`."""
+        return DraftTree(*(part.to(device) for part in (self.tokens, self.parents, self.depths, self.scores)))
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specx.data import stdlib
+from specx.training.card import card
 from specx.training.corpus import WindowSampler, encode_groups, read_groups, train_tokenizer
 
 VOCAB_SIZE = 4096
@@ -246,9 +247,12 @@ def main(out: Path, parts: tuple[str, ...], device: str) -> None:
     for name in parts or RECIPES:
         (out / name).mkdir(exist_ok=True)
         (out / name / "recipe.json").write_text(json.dumps(asdict(RECIPES[name]), indent=1))
-        model = train(RECIPES[name], groups, out / name, device)
-        model.to(torch.bfloat16).save_pretrained(out / f"demo-{name}")
+        model = train(RECIPES[name], groups, out / name, device).to(torch.bfloat16)
+        model.set_attn_implementation("sdpa")
+        model.save_pretrained(out / f"demo-{name}")
         tokenizer.save_pretrained(out / f"demo-{name}")
+        text = card(name, model, tokenizer, asdict(RECIPES[name]), "python -m specx.training.demo --out DIR")
+        (out / f"demo-{name}" / "README.md").write_text(text)
 
 
 if __name__ == "__main__":
