@@ -116,11 +116,13 @@ class ClassicDraft:
 
     def _feed(self, ids: Tensor) -> Tensor:
         """Commit tokens at the next positions; return the logits after the last one, [V]."""
-        logits = torch.empty(0)
+        logits, context = torch.empty(0), self.cache.committed + len(ids)
+        ids = ids.clamp(max=self.model.vocab_size - 1)  # a target may know ids beyond the draft's last one
         for first in range(0, len(ids), _CHUNK):
             chunk = ids[first : first + _CHUNK]
             begin = self.cache.committed
             positions = torch.arange(begin, begin + len(chunk), device=ids.device)
-            logits = self.model.forward(chunk, positions, self.cache, keep_logits=1).logits[0, : self.vocab]
+            out = self.model.forward(chunk, positions, self.cache, keep_logits=1, context=context)
+            logits = out.logits[0, : self.vocab]
             self.cache.commit(range(len(chunk)))
         return logits

@@ -1,5 +1,6 @@
 """Names that users type, and the hub repositories behind them. No torch here."""
 
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -38,27 +39,30 @@ TARGETS = {
 
 
 def locate(name: str, role: Literal["target", "draft"]) -> str:
-    """Return where a checkpoint lies: a local directory or a hub id.
+    """Return where a checkpoint lies: a local directory or a hub id. A directory goes before a hub id of that name.
 
     Raises:
-        ValueError: If `name` is neither a known name, nor a directory, nor a hub id.
+        ValueError: If `name` is neither a known name, nor a directory, nor could be a hub id.
     """
     table = TARGETS if role == "target" else {key: known.repo for key, known in DRAFTS.items()}
     if name in table:
         bundled = Path(str(files("specx.data"))) / "models" / table[name]
-        return str(bundled) if "/" not in table[name] else table[name]
+        return table[name] if "/" in table[name] else str(bundled)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return str(path)
-    if path.exists():
-        raise ValueError(f"{role} {name!r} is a file; give the directory of a checkpoint")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name and path.exists():
+        raise ValueError(f"{role} {name!r} is a file; give the directory that holds config.json")
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return name
     if "/" in name:
-        raise ValueError(f"{role} directory {name!r} does not exist")
+        siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(f"{role} directory {name!r} does not exist{nearest(path.name, siblings)}")
+    if name in DRAFTS or name in TARGETS:
+        raise ValueError(f"{name!r} is no {role}: specx models lists which names are drafts and which are targets")
     raise ValueError(
         f"unknown {role} {name!r}{nearest(name, list(table))} "
-        f"Known: {', '.join(table)}; or give a directory or a hub id"
+        f"Known: {', '.join(table)}; or give a directory or a hub id like owner/name"
     )
 
 

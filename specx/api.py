@@ -3,19 +3,28 @@
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
-from typing import Any
+from os import PathLike
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specx.adapters.checkpoints import check_device, compare_tokenizers, load_model, load_tokenizer
+from specx.adapters.checkpoints import (
+    check_config,
+    check_files,
+    check_machine,
+    compare_tokenizers,
+    load_model,
+    load_tokenizer,
+)
 from specx.adapters.classic import ClassicModel
+from specx.adapters.hub import fetch
 from specx.adapters.names import DRAFTS, known_draft, locate
 from specx.config import LoadConfig, Settings
 from specx.decoding import Generation, decode
 from specx.draft import DraftModel
-from specx.hf import HFModel
+from specx.hf import HFModel, positions_of
 from specx.text import TextStream
 
 Prompt = str | Sequence[int] | Tensor
@@ -80,11 +89,6 @@ class SpeculativeModel:
         if settings.stopping.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer; this target was loaded without one")
         out = Generation(len(ids), trace=[] if trace else None)
-        return out, self._run(out, ids, None if plain else self.draft, settings)
-
-    def _run(
-        self, out: Generation, ids: Tensor, draft: DraftModel | None, settings: Settings
-    ) -> Generator[list[Segment]]:
         text = TextStream(self.tokenizer, settings.stopping.stop) if self.tokenizer is not None else None
         texts: list[str] = []
 
@@ -92,25 +96,24 @@ class SpeculativeModel:
             texts.append(text.push(token) if text else "")
             return text.stopped if text else False
 
-        try:
-            with closing(decode(self.engine, draft, ids, settings, out, stop)) as steps:
-                for piece in steps:
-                    yield [Segment(each, number < piece.drafted) for number, each in enumerate(texts)]
-                    texts.clear()
-            if text and (rest := text.flush()):
-                yield [Segment(rest, False)]
-        finally:
-            out.text = text.text if text else ""
+        def run() -> Generator[list[Segment]]:
+            try:
+                with closing(steps):
+                    for piece in steps:
+                        yield [Segment(each, number < piece.drafted) for number, each in enumerate(texts)]
+                        texts.clear()
+                if text and (rest := text.flush()):
+                    yield [Segment(rest, False)]
+            finally:
+                out.text = text.text if text else ""
+
+        steps = decode(self.engine, None if plain else self.draft, ids, settings, out, stop)
+        return out, run()
 
     def _encode(self, prompt: Prompt) -> Tensor:
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("a text prompt needs a tokenizer; this target was loaded without one: give token ids")
-            prompt = self.tokenizer(prompt, verbose=False)["input_ids"]
-        ids = torch.as_tensor(prompt)
-        if ids.dim() == 2 and ids.shape[0] != 1:
-            raise ValueError(f"one prompt at a time: the batch must be 1, got {ids.shape[0]} rows")
-        ids = ids.reshape(-1)
+            prompt = self._encode_text(prompt)
+        ids = _as_ids(prompt)
         if len(ids) == 0:
             raise ValueError("the prompt is empty; give at least one token")
         if ids.dtype.is_floating_point or ids.dtype == torch.bool:
@@ -121,18 +124,52 @@ class SpeculativeModel:
             raise ValueError(f"token ids must be between 0 and {self.engine.vocab_size - 1}; the prompt holds {wrong}")
         return ids.to(self.engine.device, torch.long)
 
+    def _encode_text(self, prompt: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer; this target was loaded without one: give token ids")
+        if not prompt:
+            raise ValueError("the prompt is empty; give some text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the prompt is not valid Unicode text: it holds half of a surrogate pair") from error
+        return self.tokenizer(prompt, verbose=False)["input_ids"]
+
     def _check_length(self, prompt: int, settings: Settings) -> None:
-        wanted, most = settings.stopping.max_new_tokens, self.engine.max_positions
+        wanted, most = settings.stopping.max_new_tokens, positions_of(self.engine.config)
         if most is not None and prompt + wanted > most:
             fits = f"at most {most - prompt} new tokens fit" if prompt < most else "shorten the prompt"
             raise ValueError(
                 f"prompt of {prompt} tokens plus max_new_tokens {wanted} exceeds the target's {most} positions: {fits}"
             )
+        border = self.engine.rope_border
+        if border is not None and prompt <= border < prompt + wanted - 1:  # the last token is never fed
+            raise ValueError(
+                f"this target rotates contexts of more than {border} tokens by another table, and one generation must "
+                f"not cross that length: after a prompt of {prompt} tokens at most {border + 1 - prompt} new ones fit; "
+                f"max_new_tokens is {wanted}"
+            )
+
+
+def _as_ids(prompt: Any) -> Tensor:
+    """Turn a list, array or tensor of one row into a tensor [L]."""
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        rows = isinstance(prompt, list | tuple) and any(isinstance(row, str | Sequence) for row in prompt)
+        if rows:
+            raise ValueError(f"one prompt at a time: the batch must be 1, got {len(prompt)} rows") from error
+        raise ValueError(f"a prompt is text or token ids; got {type(prompt).__name__}") from error
+    if ids.dim() == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.dim() != 1:
+        raise ValueError(f"one prompt at a time: token ids must have shape [L] or [1, L]; got {list(ids.shape)}")
+    return ids
 
 
 def load(
-    target: str | PreTrainedModel | None = None,
-    draft: str | PreTrainedModel | None = None,
+    target: str | PathLike[str] | PreTrainedModel | None = None,
+    draft: str | PathLike[str] | PreTrainedModel | None = None,
     *,
     tokenizer: Any | None = None,
     specextend: bool = True,
@@ -158,26 +195,38 @@ def load(
         options["device"] = str(options["device"])
     config = LoadConfig(**{name: options.pop(name) for name in names & options.keys()})
     settings = Settings(use_specextend=specextend).override(**options)
-    if config.device:
-        check_device(config.device)
-    target, draft = _complete(target, draft)
-    target_model = target
-    if isinstance(target, str):
-        where = locate(target, "target")
-        draft_where = locate(draft, "draft") if isinstance(draft, str) else None
-        target_model = load_model(where, config, "target")
-        tokenizer = tokenizer or load_tokenizer(where, config.trust_remote_code)
-    else:
-        draft_where = locate(draft, "draft") if isinstance(draft, str) else None
+    check_machine(config)
+    target, draft = _complete(_named(target), _named(draft))
+    # Everything that can be wrong is looked for before the weights of either model are read.
+    where = _directory(target, "target", config.trust_remote_code)
+    draft_where = _directory(draft, "draft", config.trust_remote_code)
+    if tokenizer is None and where is not None:
+        tokenizer = load_tokenizer(where, config.trust_remote_code)
+    if tokenizer is not None and draft_where is not None:
+        _check_tokenizer(tokenizer, load_tokenizer(draft_where, config.trust_remote_code), str(draft))
+    target_model = target if where is None else load_model(where, config, "target")
     engine = HFModel(target_model, config.backend, hybrid=specextend)
     if draft is None:
         return SpeculativeModel(engine, None, tokenizer, settings)
-    draft_model = draft
-    if draft_where is not None:
-        draft_model = load_model(draft_where, config, "draft")
-        _check_tokenizer(tokenizer, load_tokenizer(draft_where, config.trust_remote_code), str(draft))
+    draft_model = draft if draft_where is None else load_model(draft_where, config, "draft")
     adapter = _classic(draft, draft_model, engine, settings, config, specextend)
     return SpeculativeModel(engine, adapter, tokenizer, settings)
+
+
+def _named(given: Any) -> Any:
+    return str(given) if isinstance(given, PathLike) else given
+
+
+def _directory(given: Any, role: Literal["target", "draft"], trust_remote_code: bool) -> str | None:
+    """Return the checked directory of a named checkpoint, None for a live model or no draft."""
+    if isinstance(given, PreTrainedModel) or given is None:
+        return None
+    if not isinstance(given, str):
+        raise ValueError(f"{role} must be a name, a directory or a transformers model; got {type(given).__name__}")
+    directory = fetch(locate(given, role), role)
+    check_files(directory, role)
+    check_config(directory, role, trust_remote_code)
+    return directory
 
 
 def _complete(target: Any, draft: Any) -> tuple[Any, Any]:
@@ -194,8 +243,8 @@ def _complete(target: Any, draft: Any) -> tuple[Any, Any]:
     return target, draft
 
 
-def _check_tokenizer(target: Any | None, draft: Any | None, name: str) -> None:
-    if target is None or draft is None:
+def _check_tokenizer(target: Any, draft: Any | None, name: str) -> None:
+    if draft is None:
         return
     _, wrong = compare_tokenizers(target, draft)
     if wrong:

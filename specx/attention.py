@@ -52,8 +52,10 @@ def attend(
         output is 0 and the log-sum-exp -inf.
 
     Raises:
-        ValueError: If `causal` is asked for with a bias or T != N.
+        ValueError: If `causal` is asked for with a bias or T != N, or H is no multiple of G.
     """
+    if query.shape[1] % key.shape[1]:  # the CPU flash kernel divides by H // G
+        raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads evenly")
     if causal and (bias is not None or query.shape[2] != key.shape[2]):
         raise ValueError("causal attention takes no bias and as many queries as keys")
     if key.shape[2] == 0 or query.shape[2] == 0:  # the CPU flash kernel divides by zero here
@@ -72,9 +74,10 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     Returns:
         Output [B, H, T, D] in `out_a`'s dtype, and the log-sum-exp of the union, float32 [B, H, T].
     """
-    # w_a = e^lse_a / (e^lse_a + e^lse_b)
-    weight = torch.sigmoid(lse_a - lse_b).unsqueeze(-1)
-    out = torch.lerp(out_b.float(), out_a.float(), weight)
+    # w_a = e^lse_a / (e^lse_a + e^lse_b); -inf - -inf is nan: two empty sets are an empty set
+    weight = torch.sigmoid(lse_a - lse_b).nan_to_num(0.0).unsqueeze(-1)
+    wide = torch.promote_types(out_a.dtype, weight.dtype)
+    out = torch.lerp(out_b.to(wide), out_a.to(wide), weight.to(wide))
     return out.to(out_a.dtype), torch.logaddexp(lse_a, lse_b)
 
 

@@ -84,7 +84,9 @@ class TreeCache(Cache):
         return self._blocks[block][0][slot][:, :, : self.committed]
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` rows, moving what is there."""
+        """Make room for at least `capacity` rows, moving what is there."""
+        if capacity <= self.capacity:
+            return
         used = min(self.capacity, self.committed + self.pending)
         for pair in self._blocks:
             for i, old in enumerate(pair):

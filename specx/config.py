@@ -4,7 +4,10 @@ No torch here: `specx --help` reads this module.
 """
 
 import difflib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self
 
 Policy = Literal["full", "window", "retrieval", "auto"]
@@ -22,25 +25,31 @@ class Checked:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            check(each.name, getattr(self, each.name), each.default, each.metadata)
+            value = checked(each.name, getattr(self, each.name), each.default, each.metadata)
+            object.__setattr__(self, each.name, value)
 
 
-def check(name: str, value: Any, default: Any, rule: Any) -> None:
-    """Raise ValueError, naming the option, the value and what is allowed, if `value` breaks `rule`."""
+def checked(name: str, value: Any, default: Any, rule: Any) -> Any:
+    """Return `value`, a number as a plain int or float, because transformers takes no 2 for 2.0.
+
+    Raises:
+        ValueError: If `value` breaks `rule`, naming the option, the value and what is allowed.
+    """
     if value is None and default is None:
-        return
+        return None
     if rule.get("choices") and value not in rule["choices"]:
         raise ValueError(f"{name} must be one of {', '.join(rule['choices'])}; got {value!r}")
     low, high = rule.get("low"), rule.get("high")
     if low is None and high is None:
-        return
-    wants_int = isinstance(low, int) and not isinstance(low, bool)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or (wants_int and value != int(value)):
+        return value
+    wants_int = isinstance(low, int)
+    number = isinstance(value, Integral if wants_int else Real) and not isinstance(value, bool)
+    if not number or abs(value) == math.inf:
         raise ValueError(f"{name} must be {'an integer' if wants_int else 'a number'}; got {value!r}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {bounds}; got {value}")
+    return int(value) if wants_int else float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +84,19 @@ class CacheConfig(Checked):
     recent: int | None = option(
         None, "Newest tokens always kept. Default: all that fits (window), half of draft_context (retrieval).", low=1
     )
-    refill: Literal["recompute"] = option(
-        "recompute", "How kept tokens get their keys and values.", choices=("recompute",)
+    refill: Literal["gather", "recompute"] = option(
+        "recompute",
+        "How kept tokens get their keys and values: recompute runs them through the draft again; gather is to come.",
+        choices=("gather", "recompute"),
     )
     score_layer: int | None = option(
         None, "Target layer whose attention scores the chunks. Default: the last full-attention one.", low=0
     )
+
+    def __post_init__(self) -> None:
+        Checked.__post_init__(self)
+        if self.refill == "gather":
+            raise ValueError("refill gather is not built yet; use recompute, which gives the same output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +109,7 @@ class SamplingConfig(Checked):
     repetition_penalty: float | None = option(
         None, "Over 1 makes seen tokens less likely. Default: the model's.", low=1e-6
     )
-    seed: int = option(0, "Seed of the draws.", low=0)
+    seed: int = option(0, "Seed of the draws.", low=0, high=2**32 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +121,9 @@ class StopConfig(Checked):
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
-        given = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if any(not isinstance(text, str) or not text for text in given):
+        given = self.stop or ()
+        given = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+        if self.stop == "" or any(not isinstance(text, str) or not text for text in given):
             raise ValueError(f"stop must be non-empty texts; got {self.stop!r}")
         object.__setattr__(self, "stop", given)
 
@@ -141,9 +158,8 @@ class Settings:
             if mine:
                 result = replace(result, **{concern: replace(part, **mine)})
         for name in options:
-            known = [
-                each.name for part in (TreeConfig, CacheConfig, SamplingConfig, StopConfig) for each in fields(part)
-            ]
+            parts = (TreeConfig, CacheConfig, SamplingConfig, StopConfig)
+            known = [each.name for part in parts for each in fields(part)] + ["use_specextend"]
             raise ValueError(f"unknown option {name!r}{nearest(name, known)} Known: {', '.join(known)}.")
         return result
 

@@ -109,9 +109,15 @@ def decode(
         ids: Prompt, int64 [L] on the target's device.
         draft_model: None decodes plainly.
         stop: Told every emitted token; True ends the generation behind it.
+
+    Raises:
+        ValueError: At once, if `settings` do not fit the models.
     """
-    request = _Request(model, draft_model, ids, settings, out, stop)
-    target, draft = request.target, request.draft
+    return _steps(_Request(model, draft_model, ids, settings, out, stop), ids)
+
+
+def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
+    target, draft, out, settings = request.target, request.draft, request.out, request.settings
     with out.clock("first"):
         step = target.prefill(ids)
         root = request.chooser.choose(step.logits, DraftTree.single(int(ids[-1]), ids.device), ids[:-1])[0]
@@ -162,7 +168,8 @@ class _Request:
         )
         self.draft: Draft | None = None
         if draft_model and self.policy:
-            rows = len(ids) + wanted if self.policy.name == "full" else self.policy.limit
+            rows = len(ids) + wanted
+            rows = rows if self.policy.name == "full" else min(rows, self.policy.limit)
             self.draft = draft_model.start(rows, tree.beam * tree.depth)
         self.controller = FixedController(tree if draft_model else None)
         processors = logits_processors(model.model, settings.sampling, ids, wanted)

@@ -1,86 +1,125 @@
 """What `specx doctor` says: one line a finding, each with a verdict."""
 
+import math
 import platform
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import specx
 from specx.adapters.checkpoints import compare_tokenizers, load_tokenizer
+from specx.adapters.classic import ClassicModel
+from specx.adapters.hub import fetch
 from specx.adapters.names import locate
 from specx.api import SpeculativeModel, load
-from specx.data import stdlib
+from specx.data.prompts import demo_prompt
+from specx.hf import HFModel, positions_of
 
 Finding = tuple[str, bool]
+_PROBE, _NEW = 384, 48  # tokens of the probe's prompt, and after it
+_GUESSING = 0.9  # a loss above this share of a uniform guess's is no knowledge of text
 
 
 def report(target: str | None, draft: str | None, specextend: bool, options: dict[str, Any]) -> Iterator[Finding]:
     """Yield (line, whether it is fine) from the machine up to a short probe of the pair."""
-    yield _versions(), True
+    yield _line("versions", _versions()), True
     count = torch.cuda.device_count()
-    yield f"devices     cpu ({torch.get_num_threads()} threads)" + (f", {count} CUDA" if count else ", no CUDA"), True
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "no CUDA"
+    yield _line("devices", f"cpu ({torch.get_num_threads()} threads), {names}"), True
     try:
         model = load(target, draft, specextend=specextend, **options)
     except (ValueError, RuntimeError) as error:
-        yield f"load        FAILED: {error}", False
+        yield _line("load", f"FAILED: {error}"), False
         return
     engine = model.engine
-    yield f"target      {type(model.target).__name__}, {engine.config.num_hidden_layers} layers, {engine.dtype}", True
-    yield f"backend     {engine.backend}: {engine.backend_reason}", True
-    yield "self-check  passed: a tree's logits equal the model's own", True
+    layers, positions = engine.config.num_hidden_layers, positions_of(engine.config)
+    yield (
+        _line("target", f"{type(model.target).__name__}, {layers} layers, {engine.dtype}, {positions} positions"),
+        True,
+    )
+    yield _line("backend", f"{engine.backend}: {engine.backend_reason}"), True
+    yield _line("self-check", "passed: a tree's logits equal the model's own"), True
     layer = engine.score_layer()
-    yield f"score layer {layer if layer is not None else 'none: every layer slides, retrieval becomes window'}", True
+    scored = layer if layer is not None else "none: every layer slides, retrieval becomes window"
+    yield _line("score layer", str(scored)), True
     if model.draft is None:
-        yield "draft       none: plain decoding", True
+        yield _line("draft", "none: plain decoding"), True
         return
-    yield f"draft       {model.draft.name}", True
-    yield f"context     draft_context {model.draft.draft_context}, from {model.draft.context_source}", True
-    yield from _tokenizers(model, draft)
-    yield from _probe(model)
+    yield _line("draft", model.draft.name), True
+    yield _line("context", f"draft_context {model.draft.draft_context}, from {model.draft.context_source}"), True
+    yield _tokenizers(model, draft or "demo", bool(options.get("trust_remote_code")))
+    yield _probe(model)
+
+
+def _line(subject: str, text: str) -> str:
+    return f"{subject:<12}{text}"
 
 
 def _versions() -> str:
-    names = ("torch", "transformers", "triton", "flash-attn", "eagle-llm")
-    found = []
-    for name in names:
+    found = [f"specx {specx.__version__}", f"Python {platform.python_version()}"]
+    for name in ("torch", "transformers", "triton", "flash-attn", "eagle-llm"):
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             found.append(f"{name} not installed")
-    return f"versions    specx {specx.__version__}, Python {platform.python_version()}, {', '.join(found)}"
+    return ", ".join(found)
 
 
-def _tokenizers(model: SpeculativeModel, draft: str | None) -> Iterator[Finding]:
-    own = load_tokenizer(locate(draft or "demo", "draft"))
+def _tokenizers(model: SpeculativeModel, draft: str, trust_remote_code: bool) -> Finding:
+    own = load_tokenizer(fetch(locate(draft, "draft"), "draft"), trust_remote_code)
     if model.tokenizer is None or own is None:
-        yield (
-            "tokenizers  not compared: " + ("the target" if model.tokenizer is None else "the draft") + " brings none",
-            True,
-        )
-        return
+        lacking = "target" if model.tokenizer is None else "draft"
+        return _line("tokenizers", f"not compared: the {lacking} brings none"), True
     shared, wrong = compare_tokenizers(model.tokenizer, own)
-    yield (
-        f"tokenizers  {shared} shared ids mean the same token" if not wrong else f"tokenizers  {'; '.join(wrong)}",
-        not wrong,
+    return _line("tokenizers", "; ".join(wrong) or f"{shared} shared ids mean the same token"), not wrong
+
+
+def _probe(model: SpeculativeModel) -> Finding:
+    if model.tokenizer is None:
+        return _line("probe", "skipped: no tokenizer"), True
+    room = (positions_of(model.engine.config) or _PROBE + _NEW) - _NEW
+    if room < 1:
+        return _line("probe", f"skipped: the target has fewer than {_NEW} positions"), True
+    _, ids = demo_prompt(model.tokenizer, min(_PROBE, room))
+    out = model.generate(ids, max_new_tokens=_NEW)
+    tau = out.stats["tau"]
+    if tau is None:
+        return _line("probe", "the target ended at once; no step was drafted"), True
+    if tau > 1.0:
+        return _line("probe", f"tau {tau:.2f} over {out.steps} steps"), True
+    return _line("probe", f"tau 1.00, no drafted token was accepted: {_mismatch(model, ids)}"), False
+
+
+def _mismatch(model: SpeculativeModel, ids: list[int]) -> str:
+    """Say what does not match: specx and the target, the target or the draft and text, or the two models."""
+    itself = ClassicModel("itself", model.engine, model.engine.vocab_size, _PROBE + _NEW, "the probe")
+    out = SpeculativeModel(model.engine, itself, None, model.settings).generate(ids, max_new_tokens=_NEW)
+    if out.stats["tau"] == 1.0:
+        return (
+            "and neither when the target drafts for itself. This is a defect of specx with this model or backend: "
+            "compare --backend reference, and please report it"
+        )
+    for role, engine in (("target", model.engine), ("draft", getattr(model.draft, "model", None))):
+        if isinstance(engine, HFModel):
+            loss, guess = _loss(engine, ids), math.log(engine.vocab_size)
+            if not loss <= _GUESSING * guess:
+                return (
+                    f"the {role} does not know text (loss {loss:.1f}, guessing gives {guess:.1f}). Its weights are "
+                    "random or damaged, do not belong to its config.json, or its tokenizer is another model's"
+                )
+    return (
+        "target and draft each know text, but never agree. The draft was made for another target or for another chat "
+        "template, or its ids mean other tokens"
     )
 
 
-def _probe(model: SpeculativeModel) -> Iterator[Finding]:
-    if model.tokenizer is None:
-        yield "probe       skipped: no tokenizer", True
-        return
-    text = stdlib.held_out_files()[0][1].read_text(encoding="utf-8")[:1500]
-    out = model.generate(text, max_new_tokens=48)
-    tau = out.stats["tau"]
-    if tau is None:
-        yield "probe       the target ended at once; no step was drafted", True
-    elif tau == 1.0:
-        yield (
-            "probe       tau 1.00: the draft never agrees with the target. Most likely it was made for another target "
-            "or chat template, or its weights are not what its config says",
-            False,
-        )
-    else:
-        yield f"probe       tau {tau:.2f} over {out.steps} steps", True
+def _loss(engine: HFModel, ids: list[int]) -> float:
+    """Return a model's mean loss on the probe's text in nats a token, by its own plain forward."""
+    tokens: Tensor = torch.tensor(ids, device=engine.device).clamp(max=engine.vocab_size - 1)
+    with torch.no_grad():
+        logits = engine.model(input_ids=tokens[None], use_cache=False).logits[0].float()
+    return F.cross_entropy(logits[:-1], tokens[1:].to(logits.device)).item()

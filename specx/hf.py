@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, LogitsProcessorList, PreTrainedModel
 
@@ -63,6 +64,7 @@ class Call:
         backend: Name of the attention backend.
         hybrid: False attends in one pass with a dense mask over prefix and tail.
         score_layer: Layer whose queries are kept.
+        windows: The sliding window that each layer asked for.
     """
 
     prefix: int
@@ -72,7 +74,7 @@ class Call:
     backend: str
     hybrid: bool
     score_layer: int | None
-    layers_seen: int = 0
+    windows: dict[int, int | None] = field(default_factory=dict)
     scored: ScoredRows | None = None
     _biases: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -134,19 +136,25 @@ def specx_attention(
         module: The attention layer; carries the `Call`.
         query: [1, H, T, D], after RoPE.
         key, value: All rows of this layer, [1, G, N, D], as `TreeCache.update` returned them.
-        attention_mask: Always None: no mask function is registered under this name.
+        attention_mask: None, for no mask function is registered under this name; else the layer made its own.
         s_aux: Attention sinks, [H]: logits without a value (gpt-oss).
 
     Returns:
         [1, T, H, Dv] and None.
+
+    Raises:
+        ValueError: If the layer brings a mask, which would be ignored.
     """
     call: Call | None = getattr(module, "_specx_call", None)
     if call is None:
         raise RuntimeError("the specx attention runs only inside specx; set another attn_implementation on this model")
+    if attention_mask is not None:
+        raise ValueError(f"this model cannot be enhanced: {type(module).__name__} makes an attention mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, lse = call.attend(query, key, value, sliding_window, scale=scale, softcap=softcap)
-    call.layers_seen += 1
-    if getattr(module, "layer_idx", None) == call.score_layer:
+    layer = getattr(module, "layer_idx", -1)
+    call.windows[layer] = sliding_window
+    if layer == call.score_layer:
         call.scored = ScoredRows(query[0], lse[0], scale, softcap)
     if s_aux is not None:  # a sink takes its share of the softmax and gives nothing
         out = out * torch.sigmoid(lse - s_aux.float()[None, :, None])[..., None].to(out.dtype)
@@ -175,9 +183,15 @@ class HFModel:
         self.dtype: torch.dtype = model.dtype
         self.backend, self.backend_reason = attention.choose_backend(backend, self.device)
         self._attentions = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-        configs = [model.config, self.config, *(m.config for m in self._attentions if hasattr(m, "config"))]
-        self._configs = list({id(each): each for each in configs}.values())
+        # Setting a config's implementation sets that of its parts (a vision tower's) too, so they are restored as well.
+        parts = [getattr(model.config, name, None) for name in model.config.sub_configs]
+        configs = [model.config, *parts, self.config, *(getattr(m, "config", None) for m in self._attentions)]
+        self._configs = list({id(each): each for each in configs if each is not None}.values())
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._longropes = [m for m in model.modules() if "longrope" in _rope_types(m)]
+        reason = refusal(model)
+        if reason:
+            raise ValueError(f"{type(model).__name__} cannot be enhanced: {reason}")
         if model not in _checked:
             self_check(self)
             _checked.add(model)
@@ -197,13 +211,25 @@ class HFModel:
         spread = len(set(getattr(self.model, "hf_device_map", {}).values())) > 1
         return TreeCache(self.config.num_hidden_layers, capacity, one_block=not spread)
 
+    @property
+    def rope_border(self) -> int | None:
+        """Context length above which longrope rotates by another table; None where no table depends on the length."""
+        found = getattr(self.config, "rope_parameters", None) or {}
+        kinds = [each for each in found.values() if isinstance(each, dict)] or [found]  # one for each type of layer
+        long = [each for each in kinds if each.get("rope_type") == "longrope"]
+        return min((int(each["original_max_position_embeddings"]) for each in long), default=None)
+
+    def window(self, layer: int) -> int | None:
+        """Return the sliding window that the config gives a layer; None if it sees every position there can be."""
+        window, types = getattr(self.config, "sliding_window", None), getattr(self.config, "layer_types", None)
+        slides = types[layer] == "sliding_attention" if types else getattr(self.config, "use_sliding_window", True)
+        most = positions_of(self.config)
+        return window if slides and window and (most is None or window < most) else None
+
     def score_layer(self) -> int | None:
         """Return the last layer that attends to the whole context; None where every layer slides."""
-        types = getattr(self.config, "layer_types", None)
-        if types:
-            return max((i for i, kind in enumerate(types) if kind != "sliding_attention"), default=None)
-        slides = getattr(self.config, "sliding_window", None) and getattr(self.config, "use_sliding_window", True)
-        return None if slides else self.config.num_hidden_layers - 1
+        layers = range(self.config.num_hidden_layers)
+        return max((layer for layer in layers if self.window(layer) is None), default=None)
 
     def forward(
         self,
@@ -216,6 +242,7 @@ class HFModel:
         keep_logits: int | None = None,
         taps: Sequence[int] = (),
         score_layer: int | None = None,
+        context: int = 0,
     ) -> Output:
         """Run T tokens; their keys and values become pending rows of `cache`.
 
@@ -226,19 +253,18 @@ class HFModel:
             keep_logits: Logits of the last n tokens only; None: all.
             taps: Decoder layers whose outputs (raw, before the final norm) are returned.
             score_layer: Layer whose queries are kept.
+            context: Length of the prompt that these tokens are a chunk of; 0: they are no part of a longer one.
         """
         tail = positions if tail_positions is None else tail_positions
         call = Call(cache.committed, positions, mask, tail, self.backend, self.hybrid, score_layer)
         options = {"logits_to_keep": keep_logits} if keep_logits is not None and self._keeps_logits else {}
-        with torch.no_grad(), self._enabled(call), self._tapped(taps) as features:
+        with torch.no_grad(), self._enabled(call), self._rotated_for(context), self._tapped(taps) as features:
             out = self.model(
                 input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True, **options
             )
         cache.advance(ids.shape[0])
         logits = out.logits[0] if keep_logits is None else out.logits[0, -keep_logits:]
-        if call.layers_seen == 0:
-            raise RuntimeError(f"{type(self.model).__name__} did not call the attention function")
-        self._last_layers_seen = call.layers_seen
+        self._last_call = call
         return Output(logits.to(self.device), features, call.scored)
 
     @contextmanager
@@ -255,6 +281,32 @@ class HFModel:
                 config._attn_implementation = implementation
             for module in self._attentions:
                 module.__dict__.pop("_specx_call", None)
+
+    @contextmanager
+    def _rotated_for(self, context: int) -> Iterator[None]:
+        """Let longrope take the table that one forward over the whole prompt would take.
+
+        It chooses by the highest position that it is shown, so it is shown the prompt's last one as well.
+        """
+
+        def widen(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            positions = bound.arguments["position_ids"]
+            bound.arguments["position_ids"] = F.pad(positions, (0, 1), value=context - 1)
+            return bound.args, bound.kwargs
+
+        def narrow(module: nn.Module, args: Any, output: Any) -> Any:
+            return tuple(table[..., :-1, :] for table in output)
+
+        handles = []
+        for module in self._longropes if context else ():
+            handles.append(module.register_forward_pre_hook(widen, with_kwargs=True))
+            handles.append(module.register_forward_hook(narrow))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _tapped(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -275,6 +327,24 @@ class HFModel:
                 handle.remove()
 
 
+def positions_of(config: Any) -> int | None:
+    """Return the positions a target serves: its config's, stretched where its rotations are.
+
+    Some checkpoints write the unstretched number beside a `rope_scaling` factor (lmsys/vicuna-7b-v1.5-16k: 4096 and
+    linear, 4.0), or put the true one elsewhere. Where a config can be read in two ways the larger is right: too small a
+    limit would refuse what the model was made for. A dynamic table is not stretched: it changes with every token, so
+    that no tree, and no second forward over the same tokens, could give the same keys.
+    """
+    found = [getattr(config, "max_position_embeddings", None), getattr(config, "max_sequence_length", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    claimed, factor = found[0], rope.get("factor") or 1.0
+    if claimed and rope.get("rope_type") == "linear":
+        found.append(int(claimed * factor))
+    if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
+        found.append(int(rope["original_max_position_embeddings"] * factor))
+    return max((each for each in found if each), default=None)
+
+
 def refusal(model: PreTrainedModel) -> str | None:
     """Return why a model cannot run trees, judged by its class and config alone; None if nothing speaks against it."""
     config = model.config.get_text_config(decoder=True)
@@ -289,9 +359,17 @@ def refusal(model: PreTrainedModel) -> str | None:
         return f"its layers of type {', '.join(sorted(kinds))} cannot run a tree"
     if getattr(config, "attention_chunk_size", None):
         return "its chunked attention is held only in a mask"
+    if model.get_output_embeddings() is None:
+        return "it has no language model head"
     if model.training:
         return "it is in training mode: call model.eval() first"
     return None
+
+
+def _rope_types(module: nn.Module) -> set[str]:
+    """Return the kinds of rotary embedding that a module computes: one, or one for each type of layer."""
+    kinds = getattr(module, "rope_type", None)
+    return {kinds} if isinstance(kinds, str) else set(kinds.values()) if isinstance(kinds, dict) else set()
 
 
 def self_check(wrapped: HFModel) -> None:
@@ -302,9 +380,6 @@ def self_check(wrapped: HFModel) -> None:
     """
     model, device = wrapped.model, wrapped.device
     name = type(model).__name__
-    reason = refusal(model)
-    if reason:
-        raise ValueError(f"{name} cannot be enhanced: {reason}")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, wrapped.vocab_size, (10,), generator=generator).to(device)
     prompt, nodes = ids[:6], ids[6:]  # node 0 is the root; 1 and 2 its children; 3 a child of 1
@@ -313,12 +388,18 @@ def self_check(wrapped: HFModel) -> None:
     wrapped.forward(prompt, torch.arange(6, device=device), cache, keep_logits=1)
     cache.commit(range(6))
     tree = wrapped.forward(nodes, torch.tensor([6, 7, 7, 8], device=device), cache, mask=mask).logits
-    if wrapped._last_layers_seen != wrapped.config.num_hidden_layers:
-        seen, total = wrapped._last_layers_seen, wrapped.config.num_hidden_layers
+    seen, total = len(wrapped._last_call.windows), wrapped.config.num_hidden_layers
+    if seen != total:
         raise ValueError(f"{name} cannot be enhanced: {seen} of its {total} layers use the attention interface")
+    for layer, window in wrapped._last_call.windows.items():
+        # These few tokens fit most windows, so that no logits would tell.
+        if window is None and wrapped.window(layer) is not None:
+            raise ValueError(f"{name} cannot be enhanced: the sliding window of layer {layer} is held only in a mask")
     with torch.no_grad():
         for path in ([0, 1, 3], [0, 2]):
             own = model(input_ids=torch.cat([prompt, nodes[path]])[None], use_cache=False).logits[0, -len(path) :]
+            if own.isnan().any():
+                raise ValueError(f"{name} cannot be enhanced: its own logits are not numbers (NaN)")
             error = (own.to(device) - tree[path]).abs().max().item()
             allowed = (1e-3 if own.dtype == torch.float32 else 0.1) * max(1.0, own.abs().max().item())
             if not error <= allowed:

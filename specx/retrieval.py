@@ -54,7 +54,7 @@ class Kept:
 
 
 def select(scores: Tensor | None, length: int, sinks: int, recent: int, top_chunks: int, chunk_size: int) -> Kept:
-    """Choose the tokens to keep out of `length`: sinks, the recent window, then the best chunks of the rest.
+    """Choose the tokens to keep out of `length`: sinks, the recent window, the newest chunk, the best of the others.
 
     Args:
         scores: Chunk scores, float32 [C]; C may lag behind `length` by the newest tokens. None: no chunks.
@@ -65,6 +65,9 @@ def select(scores: Tensor | None, length: int, sinks: int, recent: int, top_chun
     kept[max(0, length - recent) :] = True
     chosen: tuple[int, ...] = ()
     first, last = sinks // chunk_size, (length - recent - 1) // chunk_size  # the rules keep all other chunks anyway
+    if top_chunks and scores is not None and last == (length - 1) // chunk_size:
+        kept[last * chunk_size :] = True  # longer than the recent window, the newest chunk takes a place unscored
+        top_chunks, last = top_chunks - 1, last - 1
     if scores is not None and top_chunks and first <= last:
         candidates = scores[first : last + 1]
         best = candidates.topk(min(top_chunks, len(candidates))).indices.sort().values + first

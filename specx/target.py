@@ -38,7 +38,13 @@ class Target:
             chunk = ids[first : first + PREFILL_CHUNK]
             positions = torch.arange(first, first + len(chunk), device=ids.device)
             self._last = self.model.forward(
-                chunk, positions, self.cache, keep_logits=1, taps=self.taps, score_layer=self.score_layer
+                chunk,
+                positions,
+                self.cache,
+                keep_logits=1,
+                taps=self.taps,
+                score_layer=self.score_layer,
+                context=len(ids),
             )
             self.cache.commit(range(len(chunk)))
             if on_chunk is not None:

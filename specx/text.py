@@ -23,7 +23,8 @@ class TextStream:
         """Add a token and return the text that is now certain; sets `stopped` when a stop text is complete."""
         self._tokens.append(token)
         piece = self._pending()
-        if piece.endswith("\ufffd"):
+        held = not piece or piece.endswith("\ufffd")  # a special token, or one that ends inside a character
+        if held and self._stop_end(piece.rstrip("\ufffd")) is None:
             return ""
         self._context, self._read = self._read, len(self._tokens)
         return self._emit(piece)
@@ -44,13 +45,15 @@ class TextStream:
     def _emit(self, piece: str) -> str:
         if self.stopped:
             return ""
-        before = len(self.text)
-        self.text += piece
-        ends = []
+        before, end = len(self.text), self._stop_end(piece)
+        self.text, self.stopped = (self.text + piece)[:end], end is not None
+        return self.text[before:]
+
+    def _stop_end(self, piece: str) -> int | None:
+        """Return where the text ends if `piece` comes next and completes a stop text, else None."""
+        text, ends = self.text + piece, []
         for stop in self.stop:
-            found = self.text.find(stop, max(0, before - len(stop) + 1))
+            found = text.find(stop, max(0, len(self.text) - len(stop) + 1))
             if found >= 0:
                 ends.append(found + len(stop))
-        if ends:
-            self.text, self.stopped = self.text[: min(ends)], True
-        return self.text[before:]
+        return min(ends, default=None)

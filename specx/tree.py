@@ -21,10 +21,10 @@ class Plan:
     threshold: float | None = None
 
     def within(self, remaining: int) -> "Plan":
-        """Return the plan without levels that could not be emitted any more, given the tokens still wanted."""
+        """Return the plan without levels that no kept node or no token still wanted could lie on."""
         if self.nodes == 1 or remaining <= 1:
             return Plan(1, 0, 1)
-        return Plan(self.nodes, min(self.depth, remaining - 2), self.beam, self.threshold)
+        return Plan(self.nodes, min(self.depth, self.nodes - 2, remaining - 2), self.beam, self.threshold)
 
 
 @dataclass(frozen=True, slots=True)

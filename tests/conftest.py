@@ -12,6 +12,8 @@ from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
 from specx.hf import HFModel
 
+torch.set_num_threads(1)  # threads only wait for each other on models this small
+
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """A random Llama with logits far enough apart that float32 rounding decides nothing."""

@@ -82,7 +82,7 @@ RECIPES = {
             "max_position_embeddings": 1024,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
-        tokens=16_000_000,
+        tokens=10_000_000,
         learning_rate=3e-3,
         phases=((0.7, 8, 512), (1.0, 4, 1024)),
         copy_rate=0.4,
