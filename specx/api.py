@@ -24,7 +24,8 @@ from specx.adapters.names import DRAFTS, known_draft, locate
 from specx.config import LoadConfig, Settings
 from specx.decoding import Generation, decode
 from specx.draft import DraftModel
-from specx.hf import HFModel, positions_of
+from specx.hf import HFModel
+from specx.hf_config import positions_of
 from specx.text import TextStream
 
 Prompt = str | Sequence[int] | Tensor
@@ -107,7 +108,8 @@ class SpeculativeModel:
             finally:
                 out.text = text.text if text else ""
 
-        steps = decode(self.engine, None if plain else self.draft, ids, settings, out, stop)
+        draft = None if plain or settings.tree.nodes == 1 else self.draft
+        steps = decode(self.engine, draft, ids, settings, out, stop)
         return out, run()
 
     def _encode(self, prompt: Prompt) -> Tensor:

@@ -160,7 +160,13 @@ class Settings:
         for name in options:
             parts = (TreeConfig, CacheConfig, SamplingConfig, StopConfig)
             known = [each.name for part in parts for each in fields(part)] + ["use_specextend"]
-            raise ValueError(f"unknown option {name!r}{nearest(name, known)} Known: {', '.join(known)}.")
+            loading = [each.name for each in fields(LoadConfig)]
+            if name in loading:
+                raise ValueError(f"option {name!r} belongs to load, not to one generation")
+            close = nearest(name, known + loading)
+            raise ValueError(
+                f"unknown option {name!r}{close} Known: {', '.join(known)}; when loading {', '.join(loading)}."
+            )
         return result
 
 

@@ -14,7 +14,8 @@ from specx.acceptance import Walk, walk
 from specx.config import Settings
 from specx.controller import FixedController
 from specx.draft import Draft, DraftModel
-from specx.hf import HFModel, end_ids, logits_processors
+from specx.hf import HFModel
+from specx.hf_config import end_ids, logits_processors
 from specx.retrieval import CachePolicy
 from specx.sampling import TokenChooser
 from specx.target import Target
@@ -176,7 +177,7 @@ class _Request:
         self.chooser = TokenChooser(processors, settings.sampling, model.device)
         self.end_ids = end_ids(model.model)
         self._buffer = torch.cat([ids, ids.new_zeros(wanted)])
-        self.steps_since, self.last_node = 0, 0
+        self.steps_since, self.last_node = 0, -1
         out.facts |= {
             "policy": self.policy.name if self.policy else "none",
             "draft": draft_model.name if draft_model else None,

@@ -17,7 +17,8 @@ from specx.adapters.hub import fetch
 from specx.adapters.names import locate
 from specx.api import SpeculativeModel, load
 from specx.data.prompts import demo_prompt
-from specx.hf import HFModel, positions_of
+from specx.hf import HFModel
+from specx.hf_config import positions_of
 
 Finding = tuple[str, bool]
 _PROBE, _NEW = 384, 48  # tokens of the probe's prompt, and after it

@@ -1,167 +1,46 @@
-"""The only file that touches transformers internals: one attention function, enabled around each forward of ours.
+"""Enabling an unmodified transformers model around each forward of ours, and checking beforehand that this is right.
 
 An unmodified model reaches our attention through three seams: `past_key_values.update`, the attention function looked
 up by `config._attn_implementation`, and `position_ids`. What the attention layers must know about a forward is one
-`Call`, set on them while it runs (two model families drop extra keyword arguments silently), off again in a `finally`.
+`Call`, set on them while it runs and off again in a `finally`. Only the hf*.py files touch transformers internals.
 """
 
-import copy
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specx import attention
 from specx.cache import TreeCache
-from specx.config import SamplingConfig
+from specx.hf_attention import IMPLEMENTATION, Call, ScoredRows
+from specx.hf_config import positions_of
 
-IMPLEMENTATION = "specx"
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredRows:
-    """Queries of the score layer in one forward, from which attention rows can be computed afterwards.
+class Output:
+    """What one forward gave.
 
     Attributes:
-        query: [H, T, D], after RoPE.
-        lse: Log-sum-exp of each row's scaled scores without sinks, float32 [H, T].
-        scale, softcap: Of that layer.
+        logits: [n, V].
+        features: Outputs of tapped layers, {layer: [T, hidden]}.
+        scored: Queries of the score layer, if one was asked for.
+        windows: The sliding window that each layer asked for.
     """
-
-    query: Tensor
-    lse: Tensor
-    scale: float
-    softcap: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one forward gave: logits [n, V]; features of tapped layers {layer: [T, hidden]}; score-layer queries."""
 
     logits: Tensor
     features: dict[int, Tensor]
     scored: ScoredRows | None
-
-
-@dataclass(slots=True)
-class Call:
-    """One forward as its attention layers see it. Prefix row r sits at position r.
-
-    Attributes:
-        prefix: Committed rows L.
-        positions: Of the T new tokens, int64 [T].
-        mask: Which of the P tail rows each token sees, bool [T, P]; None: causal, P == T.
-        tail_positions: Of the P tail rows, int64 [P].
-        backend: Name of the attention backend.
-        hybrid: False attends in one pass with a dense mask over prefix and tail.
-        score_layer: Layer whose queries are kept.
-        windows: The sliding window that each layer asked for.
-    """
-
-    prefix: int
-    positions: Tensor
-    mask: Tensor | None
-    tail_positions: Tensor
-    backend: str
-    hybrid: bool
-    score_layer: int | None
-    windows: dict[int, int | None] = field(default_factory=dict)
-    scored: ScoredRows | None = None
-    _biases: dict[Any, Tensor] = field(default_factory=dict)
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Attend over prefix and tail; `window` w lets position p see positions over p - w."""
-        rows, keys = query.shape[2], key.shape[2]
-        if window is not None and keys <= window:
-            window = None
-        start = 0 if window is None else max(0, self.prefix - window + 1)
-        single = rows == 1 and keys - self.prefix == 1
-        options["backend"] = self.backend
-        dtype = query.dtype
-        if not self.hybrid and not single and self.prefix:
-            dense = self._bias("dense", window, start, dtype)
-            return attention.attend(query, key[:, :, start:], value[:, :, start:], bias=dense, **options)
-        causal = self.mask is None and (window is None or rows <= window)
-        tail_bias = None if single or causal else self._bias("tail", window, start, dtype)
-        cuts_prefix = window is not None and not single and self.prefix > start
-        prefix_bias = self._bias("prefix", window, start, dtype) if cuts_prefix else None
-        return attention.hybrid_tree_attention(
-            query, key, value, self.prefix, tail_bias=tail_bias, prefix_bias=prefix_bias, start=start, **options
-        )
-
-    def _bias(self, part: str, window: int | None, start: int, dtype: torch.dtype) -> Tensor:
-        """Build a bias once a forward, not once a layer."""
-        found = self._biases.get((part, window, dtype))
-        if found is None or found.device != self.positions.device:
-            masks = []
-            if part in ("prefix", "dense"):
-                past = torch.arange(start, self.prefix, device=self.positions.device)
-                distance = self.positions[:, None] - past
-                masks.append(distance < window if window is not None else torch.ones_like(distance, dtype=torch.bool))
-            if part in ("tail", "dense"):
-                distance = self.positions[:, None] - self.tail_positions
-                seen = self.mask if self.mask is not None else distance >= 0
-                masks.append(seen & (distance < window) if window is not None else seen)
-            found = attention.additive(torch.cat(masks, dim=1), dtype)
-            self._biases[part, window, dtype] = found
-        return found
-
-
-def specx_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function that transformers calls in every attention layer while a model is enabled.
-
-    Args:
-        module: The attention layer; carries the `Call`.
-        query: [1, H, T, D], after RoPE.
-        key, value: All rows of this layer, [1, G, N, D], as `TreeCache.update` returned them.
-        attention_mask: None, for no mask function is registered under this name; else the layer made its own.
-        s_aux: Attention sinks, [H]: logits without a value (gpt-oss).
-
-    Returns:
-        [1, T, H, Dv] and None.
-
-    Raises:
-        ValueError: If the layer brings a mask, which would be ignored.
-    """
-    call: Call | None = getattr(module, "_specx_call", None)
-    if call is None:
-        raise RuntimeError("the specx attention runs only inside specx; set another attn_implementation on this model")
-    if attention_mask is not None:
-        raise ValueError(f"this model cannot be enhanced: {type(module).__name__} makes an attention mask of its own")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, lse = call.attend(query, key, value, sliding_window, scale=scale, softcap=softcap)
-    layer = getattr(module, "layer_idx", -1)
-    call.windows[layer] = sliding_window
-    if layer == call.score_layer:
-        call.scored = ScoredRows(query[0], lse[0], scale, softcap)
-    if s_aux is not None:  # a sink takes its share of the softmax and gives nothing
-        out = out * torch.sigmoid(lse - s_aux.float()[None, :, None])[..., None].to(out.dtype)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(IMPLEMENTATION, specx_attention)
+    windows: dict[int, int | None]
 
 
 class HFModel:
@@ -264,8 +143,7 @@ class HFModel:
             )
         cache.advance(ids.shape[0])
         logits = out.logits[0] if keep_logits is None else out.logits[0, -keep_logits:]
-        self._last_call = call
-        return Output(logits.to(self.device), features, call.scored)
+        return Output(logits.to(self.device), features, call.scored, call.windows)
 
     @contextmanager
     def _enabled(self, call: Call) -> Iterator[None]:
@@ -327,24 +205,6 @@ class HFModel:
                 handle.remove()
 
 
-def positions_of(config: Any) -> int | None:
-    """Return the positions a target serves: its config's, stretched where its rotations are.
-
-    Some checkpoints write the unstretched number beside a `rope_scaling` factor (lmsys/vicuna-7b-v1.5-16k: 4096 and
-    linear, 4.0), or put the true one elsewhere. Where a config can be read in two ways the larger is right: too small a
-    limit would refuse what the model was made for. A dynamic table is not stretched: it changes with every token, so
-    that no tree, and no second forward over the same tokens, could give the same keys.
-    """
-    found = [getattr(config, "max_position_embeddings", None), getattr(config, "max_sequence_length", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    claimed, factor = found[0], rope.get("factor") or 1.0
-    if claimed and rope.get("rope_type") == "linear":
-        found.append(int(claimed * factor))
-    if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
-        found.append(int(rope["original_max_position_embeddings"] * factor))
-    return max((each for each in found if each), default=None)
-
-
 def refusal(model: PreTrainedModel) -> str | None:
     """Return why a model cannot run trees, judged by its class and config alone; None if nothing speaks against it."""
     config = model.config.get_text_config(decoder=True)
@@ -387,11 +247,12 @@ def self_check(wrapped: HFModel) -> None:
     cache = wrapped.new_cache(16)
     wrapped.forward(prompt, torch.arange(6, device=device), cache, keep_logits=1)
     cache.commit(range(6))
-    tree = wrapped.forward(nodes, torch.tensor([6, 7, 7, 8], device=device), cache, mask=mask).logits
-    seen, total = len(wrapped._last_call.windows), wrapped.config.num_hidden_layers
+    out = wrapped.forward(nodes, torch.tensor([6, 7, 7, 8], device=device), cache, mask=mask)
+    tree = out.logits
+    seen, total = len(out.windows), wrapped.config.num_hidden_layers
     if seen != total:
         raise ValueError(f"{name} cannot be enhanced: {seen} of its {total} layers use the attention interface")
-    for layer, window in wrapped._last_call.windows.items():
+    for layer, window in out.windows.items():
         # These few tokens fit most windows, so that no logits would tell.
         if window is None and wrapped.window(layer) is not None:
             raise ValueError(f"{name} cannot be enhanced: the sliding window of layer {layer} is held only in a mask")
@@ -404,41 +265,3 @@ def self_check(wrapped: HFModel) -> None:
             allowed = (1e-3 if own.dtype == torch.float32 else 0.1) * max(1.0, own.abs().max().item())
             if not error <= allowed:
                 raise ValueError(f"{name} cannot be enhanced: a tree's logits differ by {error:.2g} from its own")
-
-
-def logits_processors(
-    model: PreTrainedModel, sampling: SamplingConfig, prompt: Tensor, max_new_tokens: int
-) -> LogitsProcessorList:
-    """Return the processors that `model.generate` would apply, in its order.
-
-    The generation config's fields apply (repetition penalty, suppressed tokens, ...) except those of sampling, which
-    come from `sampling` alone: unset top_k and top_p mean none.
-
-    Args:
-        prompt: int64 [L].
-    """
-    config = copy.deepcopy(model.generation_config)
-    config.do_sample = sampling.temperature > 0
-    config.temperature = sampling.temperature or 1.0
-    config.top_k, config.top_p = sampling.top_k or 0, 1.0 if sampling.top_p is None else sampling.top_p
-    for name in ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
-        if hasattr(config, name):
-            setattr(config, name, None)
-    if sampling.repetition_penalty is not None:
-        config.repetition_penalty = sampling.repetition_penalty
-    config.max_length, config.num_beams = len(prompt) + max_new_tokens, 1
-    model._prepare_special_tokens(config, True, device=prompt.device)
-    return model._get_logits_processor(
-        config,
-        input_ids_seq_length=len(prompt),
-        encoder_input_ids=prompt[None],
-        logits_processor=LogitsProcessorList(),
-        device=prompt.device,
-        model_kwargs={},
-    )
-
-
-def end_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Return every end-of-text id of the generation config."""
-    ids = model.generation_config.eos_token_id
-    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)

@@ -35,7 +35,7 @@ class TokenChooser:
     """Takes the target's token at each node: the argmax at temperature 0, else a seeded draw.
 
     Args:
-        processors: The target's, from `hf.logits_processors`.
+        processors: The target's, from `hf_config.logits_processors`.
         sampling: Temperature and seed.
         device: Of the logits.
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 import specx
-from specx.hf import positions_of
+from specx.hf_config import positions_of
 
 pytest_plugins = ["disk"]
 TEXT = "def stream(steps, coloured):"

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 import specx.hf
 import specx.target
-from specx.hf import HFModel, end_ids
+from specx.hf import HFModel
+from specx.hf_config import end_ids
 from specx.target import Target
 from specx.tree import DraftTree
 

@@ -18,7 +18,7 @@ from transformers import (
 from specx import sampling
 from specx.acceptance import walk
 from specx.config import SamplingConfig
-from specx.hf import end_ids, logits_processors
+from specx.hf_config import end_ids, logits_processors
 from specx.sampling import TokenChooser
 from specx.tree import DraftTree
 
