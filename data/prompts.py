@@ -9,7 +9,7 @@ from typing import Any
 from specx.data import stdlib
 
 DEMO_TOKENS = 8192
-_DEMO_MODULE = "argparse.py"
+_DEMO_MODULE = "asyncio/base_events.py"
 
 
 def read_prompts(source: str, limit: int | None = None) -> list[str]:

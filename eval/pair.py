@@ -1,8 +1,9 @@
 """Decode speed of a pair against Hugging Face's own: `python -m specx.eval.pair --out eval/results/pair`.
 
 One process, methods alternating, medians over prompts. Figures are defined in `Generation.stats`: decode tokens a
-second without prefill, tau with the bonus token; efficiency = speed-up / tau. The baseline is HF greedy with the faster
-of its dynamic and static caches, and with GQA that copies no keys.
+second without prefill, tau with the bonus token; efficiency = speed-up / tau. The baseline is HF's plain decoding with
+the faster of its dynamic and static caches, and with GQA that copies no keys. "varied" is the share of distinct 4-grams
+in the output: a small model left alone repeats itself, and loops are easy to draft.
 """
 
 import os
@@ -52,15 +53,17 @@ class Stopwatch(BaseStreamer):
         """Nothing to flush."""
 
 
-def hf_method(model: SpeculativeModel, draft: Any = None, **options: Any) -> Callable[[Tensor, int], Row]:
-    """Return a method that runs `model.generate` of transformers, greedily, and times its decode phase."""
+def hf_method(model: SpeculativeModel, heat: float, draft: Any = None, **options: Any) -> Callable[[Tensor, int], Row]:
+    """Return a method that runs `model.generate` of transformers at temperature `heat` and times its decode phase."""
+    sampling = {"do_sample": True, "temperature": heat, "top_k": 0} if heat else {"do_sample": False}
 
     def run(ids: Tensor, new: int) -> Row:
         watch = Stopwatch()
         kwargs = {"assistant_model": draft} if draft is not None else {}
+        torch.manual_seed(0)
         tokens = model.target.generate(
-            ids[None], max_new_tokens=new, do_sample=False, streamer=watch, attention_mask=torch.ones_like(ids)[None],
-            **kwargs, **options,
+            ids[None], max_new_tokens=new, streamer=watch, attention_mask=torch.ones_like(ids)[None],
+            **sampling, **kwargs, **options,
         )  # fmt: skip
         return {"tokens": tokens[0, len(ids) :].tolist(), "rate": watch.after / (watch.last - watch.first), "tau": None}
 
@@ -98,8 +101,10 @@ def measure(methods: dict[str, Callable[[Tensor, int], Row]], texts: list[Tensor
         reference: list[int] | None = None
         for name, method in methods.items():
             row = method(ids, new)
-            reference = reference or row["tokens"]
-            same = row.pop("tokens") == reference
+            tokens = row.pop("tokens")
+            reference = reference or tokens
+            same, grams = tokens == reference, [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+            row["varied"] = len(set(grams)) / max(1, len(grams))
             load_average = os.getloadavg()[0]
             rows.append(
                 {"method": name, "length": len(ids), "prompt": number, "same": same, "load": load_average, **row}
@@ -108,18 +113,18 @@ def measure(methods: dict[str, Callable[[Tensor, int], Row]], texts: list[Tensor
 
 
 def summarise(rows: list[Row], lengths: list[int]) -> list[Row]:
-    """Return medians per length and method, with the ratio to HF greedy's better cache, prompt by prompt."""
+    """Return medians per length and method, with the ratio to HF's better cache, prompt by prompt."""
     table = []
     for length in lengths:
         mine = [row for row in rows if row["length"] == length]
         base: dict[int, float] = {}
         for row in mine:
-            if row["method"].startswith("hf-greedy"):
+            if row["method"].startswith("hf-plain"):
                 base[row["prompt"]] = max(base.get(row["prompt"], 0.0), row["rate"])
         for method in dict.fromkeys(row["method"] for row in mine):
             own = [row for row in mine if row["method"] == method]
             ratio = statistics.median(row["rate"] / base[row["prompt"]] for row in own)
-            tau = statistics.mean(row["tau"] for row in own) if own[0]["tau"] else None
+            tau = statistics.mean(row["tau"] for row in own) if own[0]["tau"] is not None else None
             table.append(
                 {
                     "length": length,
@@ -130,6 +135,7 @@ def summarise(rows: list[Row], lengths: list[int]) -> list[Row]:
                     "tau": tau,
                     "efficiency": ratio / tau if tau else None,
                     "same": sum(row["same"] for row in own),
+                    "varied": statistics.mean(row["varied"] for row in own),
                     **{k: statistics.median(row[k] for row in own) for k in own[0] if k.startswith("ms_")},
                 }
             )
@@ -141,21 +147,21 @@ def markdown(table: list[Row], facts: Row) -> str:
     lines = [f"- {key}: {value}" for key, value in facts.items()]
     lines += [
         "",
-        "| context | method | tokens/s | ratio to HF greedy | tau | efficiency | ms a step: draft, verify | same |",
+        "| context | method | tokens/s | ratio to HF | tau | efficiency | ms a step: draft, verify | varied | same |",
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for row in table:
         tau = f"{row['tau']:.2f}" if row["tau"] else "-"
         efficiency = f"{row['efficiency']:.2f}" if row["efficiency"] else "-"
         parts = f"{row['ms_draft']:.1f}, {row['ms_verify']:.1f}" if "ms_draft" in row else "-"
         lines.append(
             f"| {row['length']} | {row['method']} | {row['rate']:.1f} | {row['ratio']:.2f} | {tau} | {efficiency} "
-            f"| {parts} | {row['same']}/{row['prompts']} |"
+            f"| {parts} | {row['varied']:.2f} | {row['same']}/{row['prompts']} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def facts_of(model: SpeculativeModel, new: int, command: str) -> Row:
+def facts_of(model: SpeculativeModel, new: int, temperature: float, command: str) -> Row:
     """Return what the numbers depend on."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
@@ -163,9 +169,9 @@ def facts_of(model: SpeculativeModel, new: int, command: str) -> Row:
         "commit": commit.stdout.strip() or "unknown",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "dtype": str(model.engine.dtype).removeprefix("torch."),
-        "new tokens": new,
+        "new tokens": f"{new}, temperature {temperature}",
         "load average before": f"{os.getloadavg()[0]:.2f}",
-        "same": "prompts whose tokens equal those of HF greedy with its dynamic cache (in bf16 ties may flip)",
+        "same": "prompts whose tokens equal those of HF with its dynamic cache (greedy only; in bf16 ties may flip)",
     }
 
 
@@ -176,18 +182,27 @@ def facts_of(model: SpeculativeModel, new: int, command: str) -> Row:
 @click.option("--lengths", default="512,2048,8192", show_default=True)
 @click.option("--samples", default=4, show_default=True, help="Prompts a length.")
 @click.option("--max-new-tokens", "new", default=128, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
-def main(out: Path, target: str | None, draft: str | None, lengths: str, samples: int, new: int, dtype: str) -> None:
-    model = load(target, draft, dtype=dtype)
-    facts = facts_of(
-        model, new, f"python -m specx.eval.pair --lengths {lengths} --samples {samples} --max-new-tokens {new}"
-    )
+def main(
+    out: Path,
+    target: str | None,
+    draft: str | None,
+    lengths: str,
+    samples: int,
+    new: int,
+    temperature: float,
+    dtype: str,
+) -> None:
+    model = load(target, draft, dtype=dtype, temperature=temperature)
+    flags = f"--lengths {lengths} --samples {samples} --max-new-tokens {new} --temperature {temperature}"
+    facts = facts_of(model, new, temperature, f"python -m specx.eval.pair --out {out} {flags}")
     small = model.draft.model.model  # type: ignore[union-attr]
     methods = {
-        "hf-greedy dynamic": hf_method(model),
-        "hf-greedy static": hf_method(model, cache_implementation="static"),
-        "hf-assisted": hf_method(model, draft=small),
-        "hf-lookup": hf_method(model, prompt_lookup_num_tokens=8),
+        "hf-plain dynamic": hf_method(model, temperature),
+        "hf-plain static": hf_method(model, temperature, cache_implementation="static"),
+        "hf-assisted": hf_method(model, temperature, draft=small),
+        "hf-lookup": hf_method(model, temperature, prompt_lookup_num_tokens=8),
         "specx plain": specx_method(model, plain=True),
         "specx full": specx_method(model, policy="full"),
         "specx window": specx_method(model, policy="window"),

@@ -161,7 +161,7 @@ class TestInput:
         monkeypatch.setattr("specx.data.prompts.DEMO_TOKENS", 100)
         result = invoke("run", "--max-new-tokens", 3)
         assert "loading the bundled pair" in result.stderr
-        assert "completing argparse.py" in result.stderr
+        assert "completing asyncio/base_events.py" in result.stderr
 
 
 @pytest.mark.usefixtures("no_load")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import specx.hf
 import specx.target
+from specx import attention
 from specx.hf import HFModel
 from specx.hf_config import end_ids
 from specx.target import Target
@@ -363,3 +364,10 @@ def test_a_dynamic_table_is_not_stretched(prompt_of):
     assert served.generate(prompt_of(40), max_new_tokens=24).tokens == own
     with pytest.raises(ValueError, match="64 positions"):
         served.generate(prompt_of(40), max_new_tokens=25)
+
+
+def test_heads_that_share_unevenly_raise():
+    """The CPU kernel would end the process with a division by zero."""
+    query, key = torch.zeros(1, 2, 3, 8), torch.zeros(1, 4, 5, 8)
+    with pytest.raises(ValueError, match="2 query heads cannot share 4 key heads"):
+        attention.attend(query, key, key, scale=1.0, backend="cpu")

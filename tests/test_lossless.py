@@ -99,6 +99,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3-window": ("Phi3", "Phi3", {"sliding_window": 16}),
     "phi3-longrope": ("Phi3", "Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
     "gpt-oss": ("GptOss", "GptOss", {"sliding_window": 16, "layer_types": SLIDING, **MOE}),
+    "gpt-oss-narrow": ("GptOss", "GptOss", {"sliding_window": 3, "layer_types": SLIDING, **MOE}),
     "mixtral": ("Mixtral", "Mixtral", MOE),
     "qwen3-moe": ("Qwen3Moe", "Qwen3Moe", MOE),
     "olmo2": ("Olmo2", "Olmo2", {"num_hidden_layers": 2, "initializer_range": 0.15}),
@@ -256,7 +257,7 @@ def test_the_tree_mask_matters(tiny, prompt_of, monkeypatch, nodes):
 
 
 @pytest.mark.parametrize("hybrid", [True, False], ids=["hybrid", "dense"])
-@pytest.mark.parametrize("name", ["mistral", "mistral-narrow", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("name", ["mistral", "mistral-narrow", "gemma2", "gpt-oss-narrow"])
 def test_trees_deeper_than_the_window(name, hybrid, prompt_of, small_chunks):
     pair = couple(family(name), 0.001, hybrid=hybrid)
     out = check(pair, prompt_of(100), nodes=40, depth=19, beam=2, draft_context=4096)
@@ -293,7 +294,9 @@ def test_without_hybrid_attention(name, policy, prompt_of, small_chunks):
 
 @pytest.mark.parametrize("length", [1, 2, 17, 300, 3000])
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt-oss"])
-def test_prompt_lengths(name, length, prompt_of, small_chunks):
+def test_prompt_lengths(name, length, prompt_of, small_chunks, monkeypatch):
+    if length == 3000:
+        monkeypatch.setattr(specx.target, "PREFILL_CHUNK", 500)
     check(couple(family(name), draft_context=128), prompt_of(length), 24, chunk_size=8)
 
 
@@ -512,14 +515,14 @@ def test_a_draft_whose_positions_end(prompt_of, kind):
         draft = transformers.OPTForCausalLM(getattr(transformers, f"{config}Config")(**options)).eval()
     pair = couple(family("llama-gqa"), draft, draft_context=4096)
     assert pair.draft.max_positions == 64
-    for length in (20, 150):
-        out = check(pair, prompt_of(length), 60, policy="full")
+    for length, new in ((20, 60), (150, 20)):
+        out = check(pair, prompt_of(length), new, policy="full")
         assert (out.stats["policy"], out.notes) == (
             "window",
             ["policy full became window: the draft has 64 positions"],
         )
-        check(pair, prompt_of(length), 60, policy="auto", chunk_size=8, retrieve_every=2)
-    out = check(pair, prompt_of(20), 30, policy="full")
+        check(pair, prompt_of(length), new, policy="auto", chunk_size=8, retrieve_every=2)
+    out = check(pair, prompt_of(20), 20, policy="full")
     assert (out.stats["policy"], out.notes) == ("full", [])
 
 

@@ -40,6 +40,7 @@ class Recipe:
     copy_rate: float
     long_share: float = 0.0  # of the tokens, drawn evenly over the last 30 % of training
     long_length: int = 0
+    long_tail: int = 0  # long windows after that, at a fifth of the learning rate falling to zero
     seed: int = 0
     common: dict[str, Any] = field(
         default_factory=lambda: {
@@ -70,6 +71,7 @@ RECIPES = {
         copy_rate=0.15,
         long_share=0.08,
         long_length=12288,
+        long_tail=40,
     ),
     "draft": Recipe(
         model={
@@ -113,19 +115,22 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 
 def batches(recipe: Recipe, sampler: WindowSampler, step: int, done: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (ids, positions) from `step` on until the recipe's tokens are used up."""
-    while done < recipe.tokens:
-        share = done / recipe.tokens
+    while done < recipe.tokens + recipe.long_tail * recipe.long_length:
+        share = min(done / recipe.tokens, 0.999)
         rows, length = next((rows, length) for end, rows, length in recipe.phases if share < end)
         every = round(0.3 / recipe.long_share * recipe.long_length / (rows * length)) if recipe.long_share else 0
-        if every and share > 0.7 and step % every == 0:
+        if every and (done >= recipe.tokens or (share > 0.7 and step % every == 0)):
             rows, length = 1, recipe.long_length
         yield sampler.batch(step, rows, length)
         step, done = step + 1, done + rows * length
 
 
 def learning_rate(recipe: Recipe, done: int) -> float:
-    """Linear warm-up over 2 % of the tokens, then cosine to a fiftieth."""
+    """Linear warm-up over 2 % of the tokens, then cosine to a fiftieth; the tail of long windows as its own ramp."""
     share = done / recipe.tokens
+    if share >= 1:
+        left = 1 - (done - recipe.tokens) / max(1, recipe.long_tail * recipe.long_length)
+        return 0.2 * recipe.learning_rate * max(left, 0.02)
     if share < 0.02:
         return recipe.learning_rate * (share / 0.02 + 0.01)
     return recipe.learning_rate * (0.02 + 0.49 * (1 + math.cos(math.pi * (share - 0.02) / 0.98)))
@@ -236,6 +241,22 @@ def prepare(out: Path) -> tuple[PreTrainedTokenizerFast, list[np.ndarray]]:
         return tokenizer, [arrays[name] for name in arrays.files]
 
 
+def export(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a checkpoint directory that every transformers 5 reads, with its model card."""
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    content = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key in ("backend", "is_local", "local_files_only"):  # of the newest release only
+        content.pop(key, None)
+    settings.write_text(json.dumps(content, indent=2) + "\n")
+    for file in folder.iterdir():
+        file.chmod(0o644)  # save_pretrained leaves weights unreadable to others
+    text = card(name, model, tokenizer, asdict(RECIPES[name]), "python -m specx.training.demo --out DIR")
+    (folder / "README.md").write_text(text)
+
+
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for everything.")
 @click.option("--part", "parts", type=click.Choice(list(RECIPES)), multiple=True, help="Only this model.")
@@ -248,11 +269,7 @@ def main(out: Path, parts: tuple[str, ...], device: str) -> None:
         (out / name).mkdir(exist_ok=True)
         (out / name / "recipe.json").write_text(json.dumps(asdict(RECIPES[name]), indent=1))
         model = train(RECIPES[name], groups, out / name, device).to(torch.bfloat16)
-        model.set_attn_implementation("sdpa")
-        model.save_pretrained(out / f"demo-{name}")
-        tokenizer.save_pretrained(out / f"demo-{name}")
-        text = card(name, model, tokenizer, asdict(RECIPES[name]), "python -m specx.training.demo --out DIR")
-        (out / f"demo-{name}" / "README.md").write_text(text)
+        export(name, model, tokenizer, out / f"demo-{name}")
 
 
 if __name__ == "__main__":
