@@ -57,7 +57,7 @@ class TreeConfig(Checked):
     """Size of the draft tree. `nodes` counts the root; `depth` d gives d + 1 levels below the root, as in EAGLE-2."""
 
     nodes: int = option(16, "Nodes of a draft tree, root included; 1 is plain decoding.", low=1, high=256)
-    depth: int = option(4, "The tree has depth + 1 levels below its root.", low=0, high=32)
+    depth: int = option(3, "The tree has depth + 1 levels below its root.", low=0, high=32)
     beam: int = option(4, "Branching: children drafted a node, and nodes expanded a level.", low=1, high=64)
     tree_threshold: float | None = option(
         None, "Stop growing when a level adds less expected tokens than this (OPT-Tree).", low=0.0
