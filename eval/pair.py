@@ -214,14 +214,14 @@ def main(
     ]
     rows: list[Row] = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".jsonl").open("w") as log:
+    with Path(f"{out}.jsonl").open("w") as log:
         for length in wanted:
             new_rows = measure(methods, prompts(model.tokenizer, length, samples), new)
             rows += new_rows
             log.writelines(json.dumps(row) + "\n" for row in new_rows)
             log.flush()
     table = summarise(rows, wanted)
-    out.with_suffix(".md").write_text(markdown(table, facts | {"specx": specx.__version__}))
+    Path(f"{out}.md").write_text(markdown(table, facts | {"specx": specx.__version__}))
     shown = Table("context", "method", "tokens/s", "ratio", "tau")
     for row in table:
         shown.add_row(
