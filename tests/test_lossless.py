@@ -220,7 +220,7 @@ def broken_attention():
 def test_families(name, prompt_of, small_chunks):
     out = check(couple(family(name)), prompt_of(150))
     assert len(set(out.tokens)) > 5, "a constant output would show nothing"
-    assert 1.2 < out.stats["tau"] < 5.9, "a good step accepts some drafted tokens and refuses others"
+    assert 1.2 < out.stats["tau"] < 4.9, "a good step accepts some drafted tokens and refuses others"
     assert len(out.accepted) > 1
 
 
@@ -484,7 +484,7 @@ def test_tree_shapes(prompt_of, shape, policy):
 
 
 def test_a_model_is_its_own_draft(tiny, prompt_of):
-    out = check(couple(tiny, tiny), prompt_of(100), 31, beam=1)
+    out = check(couple(tiny, tiny), prompt_of(100), 31, beam=1, depth=4)
     assert out.stats["tau"] == 6.0, "every level of a chain is accepted"
 
 

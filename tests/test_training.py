@@ -55,7 +55,9 @@ def test_long_windows_take_their_share():
     recipe = RECIPES["target"]
     stream = [np.ones(20_000, dtype=np.uint16)]
     sizes = [ids.shape[1] - 1 for ids, _ in batches(recipe, WindowSampler(stream, 0, 0.0, 0), 0, 0)]
-    share = sum(size for size in sizes if size == recipe.long_length) / recipe.tokens
+    tail = [recipe.long_length] * recipe.long_tail
+    assert sizes[-len(tail) :] == tail
+    share = sum(size for size in sizes[: -len(tail)] if size == recipe.long_length) / recipe.tokens
     assert share == pytest.approx(recipe.long_share, abs=0.02)
 
 
