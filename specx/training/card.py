@@ -68,6 +68,7 @@ def card(name: str, model: PreTrainedModel, tokenizer: Any, recipe: dict[str, An
     contexts = [c for c in (0, 512, 1536, 4096, 12288) if c <= far]
     losses = loss_by_context(model, spans, contexts)
     rows = "\n".join(f"| {context} | {loss:.3f} |" for context, loss in losses.items())
+    tokens = recipe["tokens"] + recipe["long_tail"] * recipe["long_length"]
     shape = ", ".join(f"{key} {value}" for key, value in recipe["model"].items())
     return f"""---
 license: apache-2.0
@@ -77,7 +78,7 @@ license: apache-2.0
 A small Llama ({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters) that ships with specx so that it can
 be tried without a download. It completes Python; it knows nothing else.
 
-- Data: the standard library of Python 3.11 (PSF licence), {recipe["tokens"]:,} tokens drawn from it, without the
+- Data: the standard library of Python 3.11 (PSF licence), {tokens:,} tokens drawn from it, without the
   modules of `specx.data.stdlib.HELD_OUT` and their tests.
 - Command: `{command}`
 - Shape: {shape}
