@@ -195,7 +195,8 @@ def main(
     dtype: str,
 ) -> None:
     model = load(target, draft, dtype=dtype, temperature=temperature)
-    flags = f"--lengths {lengths} --samples {samples} --max-new-tokens {new} --temperature {temperature}"
+    flags = f"--lengths {lengths} --samples {samples} --max-new-tokens {new}"
+    flags += f" --temperature {temperature} --dtype {dtype}"
     facts = facts_of(model, new, temperature, f"python -m specx.eval.pair --out {out} {flags}")
     small = model.draft.model.model  # type: ignore[union-attr]
     methods = {
