@@ -137,9 +137,7 @@ def learning_rate(recipe: Recipe, done: int) -> float:
 
 
 class Trainer:
-    """A model with its optimisers: Muon (2.5 times fewer tokens than AdamW alone here) for the matrices of the layers,
-    AdamW for embeddings and norms.
-    """
+    """A model with its optimisers: Muon for the matrices of the layers, AdamW for embeddings and norms."""
 
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe, self.device = recipe, device
