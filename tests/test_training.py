@@ -7,12 +7,12 @@ import pytest
 
 from specx.data import stdlib
 from specx.training.corpus import WindowSampler, encode_groups, train_tokenizer
-from specx.training.demo import RECIPES, Trainer, batches, build, learning_rate, train
+from specx.training.demo import DRAFT, RECIPES, Trainer, batches, build, learning_rate, train
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
 TINY = replace(
-    RECIPES["draft"],
-    model=RECIPES["draft"].model | SMALL,
+    DRAFT,
+    model=DRAFT.model | SMALL,
     tokens=6 * 4 * 64,
     phases=((0.5, 2, 128), (1.0, 4, 64)),
 )
@@ -36,10 +36,10 @@ def test_a_resumed_run_continues_exactly(tmp_path):
 
 
 def test_train_writes_a_state_and_a_log(tmp_path):
-    model = train(TINY, GROUPS, tmp_path / "draft", "cpu")
+    model = train((TINY,), GROUPS, tmp_path / "draft", "cpu")
     assert (tmp_path / "draft" / "state.pt").exists()
     assert len((tmp_path / "draft" / "log.jsonl").read_text().splitlines()) == 6
-    again = train(TINY, GROUPS, tmp_path / "draft", "cpu")  # nothing left to do
+    again = train((TINY,), GROUPS, tmp_path / "draft", "cpu")  # nothing left to do
     assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -52,7 +52,7 @@ def test_phases_and_learning_rate():
 
 
 def test_long_windows_take_their_share():
-    recipe = RECIPES["target"]
+    recipe = RECIPES["target"][0]
     stream = [np.ones(20_000, dtype=np.uint16)]
     sizes = [ids.shape[1] - 1 for ids, _ in batches(recipe, WindowSampler(stream, 0, 0.0, 0), 0, 0)]
     tail = [recipe.long_length] * recipe.long_tail
@@ -73,7 +73,7 @@ def test_windows_recur_and_stretch():
 
 
 def test_the_target_shape_is_what_the_design_asks():
-    model = build(RECIPES["target"])
+    model = build(RECIPES["target"][0])
     assert 9e6 < model.num_parameters() < 10e6
     assert model.config.num_hidden_layers >= 12
 

@@ -55,12 +55,12 @@ def copy_accuracy(model: PreTrainedModel, spans: list[Tensor], length: int = 64,
     return float(np.mean(right))
 
 
-def card(name: str, model: PreTrainedModel, tokenizer: Any, recipe: dict[str, Any], command: str) -> str:
+def card(name: str, model: PreTrainedModel, tokenizer: Any, runs: list[dict[str, Any]], command: str) -> str:
     """Return the model card in Markdown, measured now.
 
     Args:
         name: "target" or "draft".
-        recipe: As trained.
+        runs: The recipes, in the order in which they were trained.
         command: That made it.
     """
     far = 12288 if name == "target" else 4096
@@ -68,8 +68,8 @@ def card(name: str, model: PreTrainedModel, tokenizer: Any, recipe: dict[str, An
     contexts = [c for c in (0, 512, 1536, 4096, 12288) if c <= far]
     losses = loss_by_context(model, spans, contexts)
     rows = "\n".join(f"| {context} | {loss:.3f} |" for context, loss in losses.items())
-    tokens = recipe["tokens"] + recipe["long_tail"] * recipe["long_length"]
-    shape = ", ".join(f"{key} {value}" for key, value in recipe["model"].items())
+    tokens = sum(run["tokens"] + run["long_tail"] * run["long_length"] for run in runs)
+    shape = ", ".join(f"{key} {value}" for key, value in runs[0]["model"].items())
     return f"""---
 license: apache-2.0
 ---

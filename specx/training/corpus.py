@@ -53,24 +53,40 @@ class WindowSampler:
     def __init__(self, groups: list[np.ndarray], seed: int, copy_rate: float, stretch_to: int) -> None:
         order = np.random.default_rng(seed).permutation(len(groups))
         self.stream = np.concatenate([groups[i] for i in order])
+        sizes = np.array([len(groups[i]) for i in order])
+        self.groups = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1)  # (start, size) of each in the stream
         self.seed, self.copy_rate, self.stretch_to = seed, copy_rate, stretch_to
 
-    def batch(self, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids [rows, length + 1], positions [rows, length]), both int64."""
+    def batch(self, step: int, rows: int, length: int, within_group: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids [rows, length + 1], positions [rows, length]), both int64.
+
+        `within_group`: each window comes from one group that is long enough, and spans recur in it for every 1024
+        tokens, so that what lies far back is worth looking at.
+        """
         rng = np.random.default_rng((self.seed, step))
-        starts = rng.integers(0, len(self.stream) - length - 1, rows)
+        if within_group:
+            starts = self._starts_within(rng, rows, length)
+        else:
+            starts = rng.integers(0, len(self.stream) - length - 1, rows)
         ids = np.stack([self.stream[s : s + length + 1].astype(np.int64) for s in starts])
         positions = np.tile(np.arange(length), (rows, 1))
         for row in range(rows):
-            if rng.random() < self.copy_rate:
-                self._copy_spans(ids[row], rng)
+            if within_group or rng.random() < self.copy_rate:
+                self._copy_spans(ids[row], rng, length // 1024 if within_group else int(rng.integers(1, 5)))
             if self.stretch_to > 2 * length and rng.random() < 0.5:
                 self._stretch(positions[row], rng)
         return ids, positions
 
-    def _copy_spans(self, ids: np.ndarray, rng: np.random.Generator) -> None:
+    def _starts_within(self, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+        fitting = self.groups[self.groups[:, 1] > length]
+        if not len(fitting):
+            raise ValueError(f"no group of files has {length + 1} tokens")
+        chosen = fitting[rng.integers(0, len(fitting), rows)]
+        return chosen[:, 0] + rng.integers(0, chosen[:, 1] - length)
+
+    def _copy_spans(self, ids: np.ndarray, rng: np.random.Generator, times: int) -> None:
         length = len(ids)
-        for _ in range(int(rng.integers(1, 5))):
+        for _ in range(times):
             span = int(rng.integers(16, min(192, length // 3)))
             source = int(rng.integers(0, length - 2 * span))
             target = int(rng.integers(source + span, length - span + 1))

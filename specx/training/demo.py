@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ SAVE_SECONDS = 300
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of the two models is made. `phases` are (end as a share of all tokens, rows, window length)."""
+    """One run of a model's training. `phases` are (end as a share of all tokens, rows, window length)."""
 
     model: dict[str, Any]
     tokens: int
@@ -41,6 +41,8 @@ class Recipe:
     long_share: float = 0.0  # of the tokens, drawn evenly over the last 30 % of training
     long_length: int = 0
     long_tail: int = 0  # long windows after that, at a fifth of the learning rate falling to zero
+    long_within: bool = False  # long windows are cut from one group of files, with a copied span every 1024 tokens
+    distill: bool = False  # learn the finished target's distribution instead of the text's next token
     seed: int = 0
     common: dict[str, Any] = field(
         default_factory=lambda: {
@@ -53,41 +55,69 @@ class Recipe:
     )
 
 
+TARGET = Recipe(
+    model={
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 16384,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    },
+    tokens=7_000_000,
+    learning_rate=3e-3,
+    phases=((0.6, 4, 1024), (1.0, 2, 2048)),
+    copy_rate=0.15,
+    long_share=0.08,
+    long_length=12288,
+    long_tail=40,
+)
+DRAFT = Recipe(
+    model={
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    tokens=10_000_000,
+    learning_rate=3e-3,
+    phases=((0.7, 8, 512), (1.0, 4, 1024)),
+    copy_rate=0.4,
+)
+
+# Later runs go on from the weights of the one before: warmed up again, with other windows.
 RECIPES = {
-    "target": Recipe(
-        model={
-            "hidden_size": 256,
-            "intermediate_size": 688,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "max_position_embeddings": 16384,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
-        },
-        tokens=7_000_000,
-        learning_rate=3e-3,
-        phases=((0.6, 4, 1024), (1.0, 2, 2048)),
-        copy_rate=0.15,
-        long_share=0.08,
-        long_length=12288,
-        long_tail=40,
+    "target": (
+        TARGET,
+        replace(
+            TARGET,
+            tokens=4_500_000,
+            learning_rate=1.5e-3,
+            phases=((1.0, 2, 2048),),
+            long_share=0.06,
+            long_tail=60,
+            long_within=True,
+            seed=1,
+        ),
     ),
-    "draft": Recipe(
-        model={
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-        tokens=10_000_000,
-        learning_rate=3e-3,
-        phases=((0.7, 8, 512), (1.0, 4, 1024)),
-        copy_rate=0.4,
+    "draft": (
+        DRAFT,
+        replace(DRAFT, tokens=16_000_000, learning_rate=2e-3, phases=((1.0, 4, 1024),), copy_rate=0.6, seed=1),
+        replace(
+            DRAFT,
+            tokens=4_000_000,
+            learning_rate=1e-3,
+            phases=((1.0, 4, 1024),),
+            copy_rate=0.4,
+            distill=True,
+            seed=2,
+        ),
     ),
 }
 
@@ -119,9 +149,10 @@ def batches(recipe: Recipe, sampler: WindowSampler, step: int, done: int) -> Ite
         share = min(done / recipe.tokens, 0.999)
         rows, length = next((rows, length) for end, rows, length in recipe.phases if share < end)
         every = round(0.3 / recipe.long_share * recipe.long_length / (rows * length)) if recipe.long_share else 0
-        if every and (done >= recipe.tokens or (share > 0.7 and step % every == 0)):
+        long = every and (done >= recipe.tokens or (share > 0.7 and step % every == 0))
+        if long:
             rows, length = 1, recipe.long_length
-        yield sampler.batch(step, rows, length)
+        yield sampler.batch(step, rows, length, within_group=bool(long) and recipe.long_within)
         step, done = step + 1, done + rows * length
 
 
@@ -139,8 +170,8 @@ def learning_rate(recipe: Recipe, done: int) -> float:
 class Trainer:
     """A model with its optimisers: Muon for the matrices of the layers, AdamW for embeddings and norms."""
 
-    def __init__(self, recipe: Recipe, device: str) -> None:
-        self.recipe, self.device = recipe, device
+    def __init__(self, recipe: Recipe, device: str, teacher: LlamaForCausalLM | None = None) -> None:
+        self.recipe, self.device, self.teacher = recipe, device, teacher
         self.model = build(recipe).to(device)
         named = list(self.model.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
@@ -149,7 +180,25 @@ class Trainer:
             torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         ]
-        self.steps = self.tokens = 0
+        self.run = self.steps = self.tokens = 0
+
+    def begin(self, run: int, recipe: Recipe) -> None:
+        """Take up a run of the model's training: where it was left, or at its start."""
+        if run > self.run:
+            self.run, self.steps, self.tokens = run, 0, 0
+        self.recipe = recipe
+
+    def loss(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Mean next-token loss in nats, or the cross entropy against the teacher's distribution."""
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+            hidden = self.model.model(tokens[:, :-1], position_ids=positions, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden).float().flatten(0, 1)
+            if not self.recipe.distill:
+                return F.cross_entropy(logits, tokens[:, 1:].flatten())
+            assert self.teacher is not None
+            with torch.no_grad():
+                wanted = self.teacher(tokens[:, :-1], position_ids=positions, use_cache=False).logits
+        return F.cross_entropy(logits, wanted.float().flatten(0, 1).softmax(-1))
 
     def step(self, ids: np.ndarray, positions: np.ndarray) -> float:
         """One step of next-token loss; ids [B, T + 1], positions [B, T]. Return the mean loss in nats."""
@@ -157,12 +206,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.recipe, self.tokens)
         tokens = torch.from_numpy(ids).to(self.device)
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            hidden = self.model.model(
-                tokens[:, :-1], position_ids=torch.from_numpy(positions).to(self.device), use_cache=False
-            ).last_hidden_state
-            logits = self.model.lm_head(hidden)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss = self.loss(tokens, torch.from_numpy(positions).to(self.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -174,8 +218,8 @@ class Trainer:
     def save(self, file: Path) -> None:
         """Write everything that a resumed run needs, in one move."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        content = {"steps": self.steps, "tokens": self.tokens, "model": self.model.state_dict(), "optim": optimizers}
-        torch.save(content, file.with_suffix(".tmp"))
+        counts = {"run": self.run, "steps": self.steps, "tokens": self.tokens}
+        torch.save(counts | {"model": self.model.state_dict(), "optim": optimizers}, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
 
     def resume(self, file: Path) -> None:
@@ -185,17 +229,20 @@ class Trainer:
             self.model.load_state_dict(content["model"])
             for optimizer, state in zip(self.optimizers, content["optim"], strict=True):
                 optimizer.load_state_dict(state)
-            self.steps, self.tokens = content["steps"], content["tokens"]
+            self.run, self.steps, self.tokens = content["run"], content["steps"], content["tokens"]
 
 
-def train(recipe: Recipe, groups: list[np.ndarray], folder: Path, device: str) -> LlamaForCausalLM:
+def train(
+    recipes: tuple[Recipe, ...],
+    groups: list[np.ndarray],
+    folder: Path,
+    device: str,
+    teacher: LlamaForCausalLM | None = None,
+) -> LlamaForCausalLM:
     """Train one model, resuming from `folder/state.pt` where there is one; losses go to `folder/log.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipe, device)
+    trainer = Trainer(recipes[0], device, teacher)
     trainer.resume(folder / "state.pt")
-    stretch_to = recipe.model["max_position_embeddings"] if recipe.long_share else 0
-    sampler = WindowSampler(groups, recipe.seed, recipe.copy_rate, stretch_to)
-    saved = time.monotonic()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -203,24 +250,31 @@ def train(recipe: Recipe, groups: list[np.ndarray], folder: Path, device: str) -
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress, (folder / "log.jsonl").open("a") as log:
-        bar = progress.add_task(folder.name, total=recipe.tokens, completed=trainer.tokens)
-        for ids, positions in batches(recipe, sampler, trainer.steps, trainer.tokens):
-            began = time.monotonic()
-            loss = trainer.step(ids, positions)
-            row = {
-                "step": trainer.steps,
-                "tokens": trainer.tokens,
-                "length": positions.shape[1],
-                "loss": round(loss, 4),
-            }
-            log.write(json.dumps({**row, "seconds": round(time.monotonic() - began, 2)}) + "\n")
-            log.flush()
-            progress.update(bar, completed=trainer.tokens, description=f"{folder.name} loss {loss:.3f}")
-            if time.monotonic() - saved > SAVE_SECONDS:
-                trainer.save(folder / "state.pt")
-                saved = time.monotonic()
-    trainer.save(folder / "state.pt")
+        for run, recipe in list(enumerate(recipes))[trainer.run :]:
+            trainer.begin(run, recipe)
+            bar = progress.add_task(folder.name, total=recipe.tokens, completed=trainer.tokens)
+            saved = time.monotonic()
+            for row in _rows(trainer, groups):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                progress.update(bar, completed=trainer.tokens, description=f"{folder.name} loss {row['loss']:.3f}")
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    trainer.save(folder / "state.pt")
+                    saved = time.monotonic()
+            trainer.save(folder / "state.pt")
     return trainer.model.eval()
+
+
+def _rows(trainer: Trainer, groups: list[np.ndarray]) -> Iterator[dict[str, Any]]:
+    """Take the steps that are left of the trainer's run; yield what the log says of each."""
+    recipe = trainer.recipe
+    stretch_to = recipe.model["max_position_embeddings"] if recipe.long_share else 0
+    sampler = WindowSampler(groups, recipe.seed, recipe.copy_rate, stretch_to)
+    for ids, positions in batches(recipe, sampler, trainer.steps, trainer.tokens):
+        began = time.monotonic()
+        loss = round(trainer.step(ids, positions), 4)
+        counts = {"run": trainer.run, "step": trainer.steps, "tokens": trainer.tokens}
+        yield counts | {"length": positions.shape[1], "loss": loss, "seconds": round(time.monotonic() - began, 2)}
 
 
 def prepare(out: Path) -> tuple[PreTrainedTokenizerFast, list[np.ndarray]]:
@@ -251,7 +305,8 @@ def export(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
     settings.write_text(json.dumps(content, indent=2) + "\n")
     for file in folder.iterdir():
         file.chmod(0o644)  # save_pretrained leaves weights unreadable to others
-    text = card(name, model, tokenizer, asdict(RECIPES[name]), "python -m specx.training.demo --out DIR")
+    runs = [asdict(recipe) for recipe in RECIPES[name]]
+    text = card(name, model, tokenizer, runs, "python -m specx.training.demo --out DIR")
     (folder / "README.md").write_text(text)
 
 
@@ -265,9 +320,19 @@ def main(out: Path, parts: tuple[str, ...], device: str) -> None:
     click.echo(f"{sum(map(len, groups)):,} training tokens in {len(groups)} groups")
     for name in parts or RECIPES:
         (out / name).mkdir(exist_ok=True)
-        (out / name / "recipe.json").write_text(json.dumps(asdict(RECIPES[name]), indent=1))
-        model = train(RECIPES[name], groups, out / name, device).to(torch.bfloat16)
+        (out / name / "recipe.json").write_text(json.dumps([asdict(r) for r in RECIPES[name]], indent=1))
+        teacher = teacher_from(out / "demo-target", device) if name == "draft" else None
+        model = train(RECIPES[name], groups, out / name, device, teacher).to(torch.bfloat16)
         export(name, model, tokenizer, out / f"demo-{name}")
+
+
+def teacher_from(folder: Path, device: str) -> LlamaForCausalLM:
+    """Load the finished target."""
+    if not folder.exists():
+        raise click.UsageError("the draft learns from the target: train that first (--part target, same --out)")
+    teacher = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    teacher.set_attn_implementation("specx_training")
+    return teacher.eval()
 
 
 if __name__ == "__main__":
