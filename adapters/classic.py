@@ -1,7 +1,9 @@
 """Classic drafts: any small causal LM that shares the target's tokenizer, unmodified.
 
 Its cache holds the kept tokens at contiguous positions 0, 1, ..., so that positions and distances stay in the range it
-was trained on. A refresh runs the kept tokens through the model again: right for every kind of position encoding.
+was trained on. A refresh either runs the kept tokens through the model again (recompute: right for every kind of
+position encoding, and needs no prefill over a long prompt) or fetches what was computed before and turns it to its new
+position (gather: for rotary models; a long prompt is prefilled once, through a window).
 """
 
 from collections.abc import Sequence
@@ -10,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from specx.acceptance import Walk
+from specx.config import CacheConfig
 from specx.hf import HFModel
+from specx.rotary import Rotation, find_rotation
+from specx.store import KeyValueStore
 from specx.tree import DraftTree, Growth, Plan, grow
 
 _CHUNK = 2048
@@ -36,21 +41,43 @@ class ClassicModel:
         tables = [m for m in model.model.modules() if isinstance(m, nn.Embedding)]
         # A learned position table ends; rotations do not.
         self.max_positions = model.max_positions if not rotary and len(tables) > 1 else None
+        self._rotations: dict[int, Rotation | None] = {}
 
-    def start(self, capacity: int, tree_rows: int) -> "ClassicDraft":
+    def rotation(self, positions: int) -> Rotation | None:
+        """Return how stored keys move among the first `positions` positions, found by trying; None: they cannot."""
+        if positions not in self._rotations:
+            self._rotations[positions] = find_rotation(self.model, positions)
+        return self._rotations[positions]
+
+    def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> "ClassicDraft":
         """Start a request; see `draft.DraftModel`."""
-        return ClassicDraft(self, capacity, tree_rows)
+        rotation = self.rotation(capacity) if config.refill == "gather" and capacity < tokens else None
+        store = KeyValueStore(tokens, rotation, config.store == "device") if rotation else None
+        return ClassicDraft(self, capacity, tree_rows, store, config.sinks)
 
 
 class ClassicDraft:
-    """One request's classic draft; see `draft.Draft` for the contract."""
+    """One request's classic draft; see `draft.Draft` for the contract.
 
-    def __init__(self, settings: ClassicModel, capacity: int, tree_rows: int) -> None:
-        self.model, self.vocab = settings.model, settings.vocab
-        self.cache = self.model.new_cache(capacity + tree_rows)
+    Args:
+        store: Where gather finds what was computed; None recomputes.
+        sinks: First tokens that every window of a gathering draft's prefill sees.
+    """
+
+    def __init__(
+        self, settings: ClassicModel, capacity: int, tree_rows: int, store: KeyValueStore | None, sinks: int
+    ) -> None:
+        self.model, self.vocab, self.capacity, self.sinks = settings.model, settings.vocab, capacity, sinks
+        self.cache, self.store = self.model.new_cache(capacity + tree_rows), store
         self._ids = torch.empty(0, dtype=torch.long, device=self.model.device)
         self._fed = 0  # tokens of _ids that are in the cache or were dropped from it
+        self._held, self._held_fed = self._ids, 0  # tokens cached at the last rebuild, and what was fed by then
         self._growth: Growth | None = None
+
+    @property
+    def refill(self) -> str:
+        """How a refresh fills the cache."""
+        return "recompute" if self.store is None else "gather"
 
     @property
     def cached(self) -> int:
@@ -65,15 +92,37 @@ class ClassicDraft:
     def prefill(self, ids: Tensor, keep: Tensor | None) -> None:
         """Cache the prompt, or the part of it at `keep`."""
         self._ids = ids.to(self.model.device)
-        self._rebuild(self._ids if keep is None else self._ids[keep.to(self.model.device)], len(ids))
+        if keep is None:
+            self._feed(self._ids)
+            self._fed = len(ids)
+            return
+        if self.store is not None:
+            self._prefill_windowed(self.store)
+        self._refill(keep, len(ids))
 
     def begin(self, root: int) -> None:
         """Take the first chosen token."""
         self._append([root])
 
     def refresh(self, keep: Tensor) -> None:
-        """Run the kept tokens through the model again."""
-        self._rebuild(self._ids[keep.to(self.model.device)], len(self._ids) - 1)
+        """Rebuild the cache from its first row on that differs."""
+        self._refill(keep, len(self._ids) - 1)
+
+    def _refill(self, keep: Tensor, fed: int) -> None:
+        keep = keep.to(self.model.device)
+        if self.store is not None:
+            self.store.append(self.cache, self._fed - self.store.length)
+            keep, fed = keep[keep < self._fed], self._fed  # newer ones were not computed yet: the next tree feeds them
+        now = torch.cat([self._held, torch.arange(self._held_fed, self._fed, device=keep.device)])
+        least = min(len(now), len(keep))
+        differs = (now[:least] != keep[:least]).nonzero()
+        same = int(differs[0]) if len(differs) else least
+        self.cache.truncate(same)
+        if self.store is not None:
+            self.store.gather(keep[same:], self.cache)
+        else:
+            self._feed(self._ids[keep[same:]])
+        self._held, self._held_fed, self._fed = keep, fed, fed
 
     def propose(self, plan: Plan) -> DraftTree:
         """Feed what is waiting, then grow a tree level by level."""
@@ -109,10 +158,19 @@ class ClassicDraft:
     def _append(self, tokens: Sequence[int]) -> None:
         self._ids = torch.cat([self._ids, torch.tensor(tokens, dtype=torch.long, device=self._ids.device)])
 
-    def _rebuild(self, ids: Tensor, fed: int) -> None:
-        self.cache.reset()
-        self._feed(ids)
-        self._fed = fed
+    def _prefill_windowed(self, store: KeyValueStore) -> None:
+        """Compute the prompt into the store: each chunk sees the sinks and the chunk before, at bounded positions."""
+        half, device = max(1, self.capacity // 2), self._ids.device
+        sinks = min(self.sinks, half // 2)
+        for first in range(0, len(self._ids), half):
+            past = torch.arange(first - half, first, device=device) if first else self._held
+            past[:sinks] = torch.arange(sinks, device=device)[: len(past)]
+            self.cache.truncate(0)
+            store.gather(past, self.cache)
+            chunk = self._ids[first : first + half]
+            self._feed(chunk)
+            store.append(self.cache, len(chunk))
+        self._held, self._held_fed, self._fed = past, first, len(self._ids)
 
     def _feed(self, ids: Tensor) -> Tensor:
         """Commit tokens at the next positions; return the logits after the last one, [V]."""

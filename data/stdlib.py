@@ -60,26 +60,38 @@ def _is_test(parts: list[str]) -> bool:
 
 
 @cache
-def files() -> tuple[tuple[str, Path], ...]:
-    """Return (relative posix path, path) of every usable library file, sorted."""
+def files(held_out: bool) -> tuple[tuple[str, Path], ...]:
+    """Return (relative posix path, path) of every usable library file that is, or is not, held out; sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = ((p.relative_to(root).as_posix(), p) for p in root.rglob("*.py"))
-    return tuple(sorted((name, path) for name, path in found if not name.startswith(_SKIPPED) and _readable(path)))
+    wanted = (each for each in found if not each[0].startswith(_SKIPPED) and is_held_out(each[0]) == held_out)
+    return tuple(sorted((name, path) for name, path in wanted if _readable(path)))
 
 
 def training_files() -> list[tuple[str, Path]]:
     """Return the files that training may see, a module beside its tests."""
-    kept = [(name, path) for name, path in files() if not is_held_out(name)]
-    return sorted(kept, key=lambda item: (group_of(item[0]), item[0]))
+    return sorted(files(held_out=False), key=lambda item: (group_of(item[0]), item[0]))
 
 
 def held_out_files(min_bytes: int = 0) -> list[tuple[str, Path]]:
     """Return the held-out modules themselves (not their tests) of at least `min_bytes` bytes."""
     return [
         (name, path)
-        for name, path in files()
-        if is_held_out(name) and not _is_test(name.split("/")) and path.stat().st_size >= min_bytes
+        for name, path in files(held_out=True)
+        if not _is_test(name.split("/")) and path.stat().st_size >= min_bytes
     ]
+
+
+def held_out_groups() -> list[tuple[str, list[Path]]]:
+    """Return (relative posix path, paths) of every held-out module: its own file, then its tests, sorted by name.
+
+    A module's tests are those of the same `group_of`; tests of parts of it (test_zipfile64) belong to no module.
+    """
+    tests: dict[str, list[Path]] = {}
+    for name, path in files(held_out=True):
+        if _is_test(name.split("/")):
+            tests.setdefault(group_of(name), []).append(path)
+    return [(name, [path, *tests.get(group_of(name), [])]) for name, path in held_out_files()]
 
 
 def _readable(path: Path) -> bool:

@@ -22,12 +22,14 @@ from specx.adapters.classic import ClassicModel
 from specx.adapters.hub import fetch
 from specx.adapters.names import DRAFTS, known_draft, locate
 from specx.config import LoadConfig, Settings
-from specx.decoding import Generation, decode
+from specx.decoding import decode
 from specx.draft import DraftModel
+from specx.generation import Generation
 from specx.hf import HFModel
 from specx.hf_config import positions_of
 from specx.text import TextStream
 
+_SHOWN_TOKENS = 8  # of each kept chunk, in a trace
 Prompt = str | Sequence[int] | Tensor
 
 
@@ -101,6 +103,8 @@ class SpeculativeModel:
             try:
                 with closing(steps):
                     for piece in steps:
+                        if out.trace:
+                            self._describe(out.trace[-1], ids, out.tokens, settings.cache.chunk_size)
                         yield [Segment(each, number < piece.drafted) for number, each in enumerate(texts)]
                         texts.clear()
                 if text and (rest := text.flush()):
@@ -111,6 +115,16 @@ class SpeculativeModel:
         draft = None if plain or settings.tree.nodes == 1 else self.draft
         steps = decode(self.engine, draft, ids, settings, out, stop)
         return out, run()
+
+    def _describe(self, record: dict[str, Any], ids: Tensor, new: list[int], chunk_size: int) -> None:
+        """Add to a step's record what text each kept chunk starts with."""
+        if self.tokenizer is None or record["kept_chunks"] is None:
+            return
+        record["kept_texts"] = []
+        for chunk in record["kept_chunks"]:
+            first = chunk * chunk_size
+            tokens = ids[first : first + _SHOWN_TOKENS].tolist() + new[max(0, first - len(ids)) :]
+            record["kept_texts"].append(self.tokenizer.decode(tokens[: min(_SHOWN_TOKENS, chunk_size)]))
 
     def _encode(self, prompt: Prompt) -> Tensor:
         if isinstance(prompt, str):
@@ -207,7 +221,7 @@ def load(
     if tokenizer is not None and draft_where is not None:
         _check_tokenizer(tokenizer, load_tokenizer(draft_where, config.trust_remote_code), str(draft))
     target_model = target if where is None else load_model(where, config, "target")
-    engine = HFModel(target_model, config.backend, hybrid=specextend)
+    engine = _enhanced(target_model, config, specextend)
     if draft is None:
         return SpeculativeModel(engine, None, tokenizer, settings)
     draft_model = draft if draft_where is None else load_model(draft_where, config, "draft")
@@ -253,12 +267,17 @@ def _check_tokenizer(target: Any, draft: Any | None, name: str) -> None:
         raise ValueError(f"draft {name} does not share the target's tokenizer: {'; '.join(wrong)}")
 
 
+def _enhanced(model: PreTrainedModel, config: LoadConfig, specextend: bool) -> HFModel:
+    hybrid, flash = (specextend if it is None else it for it in (config.hybrid_attention, config.flash_prefill))
+    return HFModel(model, config.backend, hybrid=hybrid, flash_prefill=flash)
+
+
 def _classic(
     draft: Any, model: Any, engine: HFModel, settings: Settings, config: LoadConfig, specextend: bool
 ) -> ClassicModel:
     name = draft if isinstance(draft, str) else type(model).__name__
     known = known_draft(name)
-    wrapped = HFModel(model, config.backend, hybrid=specextend)
+    wrapped = _enhanced(model, config, specextend)
     claimed = wrapped.max_positions or 2048
     context, source = claimed, "its config's max_position_embeddings"
     if known:

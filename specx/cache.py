@@ -74,9 +74,20 @@ class TreeCache(Cache):
         """Drop all pending rows."""
         self.pending = 0
 
-    def reset(self) -> None:
-        """Drop everything; the memory stays."""
-        self.committed = self.pending = 0
+    def truncate(self, rows: int) -> None:
+        """Keep the first `rows` committed rows only; the memory stays."""
+        if rows > self.committed:
+            raise ValueError(f"cannot keep {rows} rows: only {self.committed} are committed")
+        self.committed, self.pending = rows, 0
+
+    def extend(self, rows: int) -> None:
+        """Count `rows` rows, written through `rows()` behind the committed ones, as committed."""
+        self.committed, self.pending = self.committed + rows, 0
+
+    def rows(self, first: int, last: int) -> list[tuple[Tensor, Tensor]]:
+        """Return views of rows [first, last) of every block of layers: keys and values, [n, B, G, last - first, D]."""
+        self.reserve(last)
+        return [(keys[:, :, :, first:last], values[:, :, :, first:last]) for keys, values in self._blocks]
 
     def keys(self, layer_idx: int) -> Tensor:
         """Return a layer's committed keys, a view [B, G, committed, D]."""

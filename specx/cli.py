@@ -3,8 +3,7 @@
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,14 +11,12 @@ import click
 import specx
 from specx import output
 from specx.adapters.names import DRAFTS, TARGETS, locate
-from specx.config import CacheConfig, LoadConfig, SamplingConfig, StopConfig, TreeConfig
+from specx.cli_eval import evaluate
+from specx.cli_options import DEBUG, GENERATION, model_options, options_of
+from specx.config import LoadConfig
 
 if TYPE_CHECKING:
     from specx.api import Prompt, SpeculativeModel
-
-_GENERATION = (StopConfig, SamplingConfig, CacheConfig, TreeConfig)
-_DEBUG = "specx.debug"
-_SPECEXTEND = "Hybrid tree attention and a bounded draft cache."
 
 
 class Group(click.Group):
@@ -34,7 +31,7 @@ class Group(click.Group):
             click.echo("interrupted", err=True)
             ctx.exit(output.INTERRUPTED)
         except Exception as error:
-            if ctx.meta.get(_DEBUG):
+            if ctx.meta.get(DEBUG):
                 traceback.print_exc()
             raise _as_click(error) from error
 
@@ -47,56 +44,6 @@ def _as_click(error: Exception) -> click.ClickException:
     if isinstance(error, MemoryError):
         return click.ClickException("out of memory")
     return click.ClickException(f"unexpected {type(error).__name__}: {error}; --debug shows where")
-
-
-def options_of(*configs: Any) -> Callable[[Any], Any]:
-    """Give a command one option for every field of the config classes; an option not given stays out of the call."""
-
-    def decorate(command: Any) -> Any:
-        for config in reversed(configs):
-            for each in reversed(fields(config)):
-                command = _option(each)(command)
-        return command
-
-    return decorate
-
-
-def _option(each: Any) -> Callable[[Any], Any]:
-    rule, name = each.metadata, "--" + each.name.replace("_", "-")
-    default = () if each.default is MISSING else each.default
-    shown = "" if default is None or default is False else f"  [default: {default}]"
-    if each.type in (bool, "bool"):
-        return click.option(name, is_flag=True, help=rule["help"])
-    if default == ():
-        return click.option(name, multiple=True, metavar="TEXT", help=rule["help"])
-    kind: Any = str
-    if rule.get("choices"):
-        kind = click.Choice(rule["choices"])
-    elif isinstance(rule.get("low"), int):
-        kind = click.IntRange(rule["low"], rule["high"])
-    elif rule.get("low") is not None:
-        kind = click.FloatRange(rule["low"], rule["high"])
-    return click.option(name, type=kind, default=None, help=rule["help"] + shown)
-
-
-def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    ctx.meta[_DEBUG] = value
-
-
-def _model_options(command: Any) -> Any:
-    for decorate in (
-        click.option(
-            "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_set_debug, help="Show tracebacks."
-        ),
-        options_of(LoadConfig),
-        click.option(
-            "--use-specextend/--no-specextend", "specextend", default=True, show_default=True, help=_SPECEXTEND
-        ),
-        click.option("--draft", metavar="NAME|DIR", help="The same. With --target alone: plain decoding."),
-        click.option("--target", metavar="NAME|DIR", help="Known name, directory or hub id; default: the draft's."),
-    ):
-        command = decorate(command)
-    return command
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -117,12 +64,12 @@ def main() -> None:
 
 
 @main.command()
-@_model_options
+@model_options
 @click.option("--input", "source", metavar="FILE|-", help='Text, or JSONL with a "text" key; - is standard input.')
 @click.option("--prompt", metavar="TEXT", help="The prompt itself.")
 @click.option("--chat/--no-chat", default=None, help="Chat template. Default: on for --prompt where there is one.")
 @click.option("--max-samples", type=click.IntRange(1), help="Read at most this many lines of a JSONL file.")
-@options_of(*_GENERATION)
+@options_of(*GENERATION)
 @click.option("--compare", is_flag=True, help="Also decode plainly with the same target and print the ratio.")
 @click.option("--stats-json", metavar="FILE", help="Write the figures there: an object, or a list for several samples.")
 @click.option(
@@ -163,7 +110,7 @@ def _load(given: dict[str, Any]) -> "SpeculativeModel":
 
     asked = [given[role] for role in ("target", "draft") if given[role] is not None]
     click.echo(f"loading {' and '.join(asked) or 'the bundled pair'}", err=True)
-    names = [each.name for config in (LoadConfig, *_GENERATION) for each in fields(config)]
+    names = [each.name for config in (LoadConfig, *GENERATION) for each in fields(config)]
     options = {name: given[name] for name in names if given[name] not in (None, ())}
     model = load(given["target"], given["draft"], specextend=given["specextend"], **options)
     if model.tokenizer is None:
@@ -237,8 +184,11 @@ def models() -> None:
         click.echo(f"  {name:<14}{repo if '/' in repo else '(bundled)'}")
 
 
+main.add_command(evaluate)
+
+
 @main.command()
-@_model_options
+@model_options
 def doctor(**given: Any) -> None:
     """Say what would run here and why: versions, device, backend, self-check, tokenizers, draft context, a probe."""
     healthy = True

@@ -86,17 +86,18 @@ class CacheConfig(Checked):
     )
     refill: Literal["gather", "recompute"] = option(
         "recompute",
-        "How kept tokens get their keys and values: recompute runs them through the draft again; gather is to come.",
+        "How kept tokens get their keys and values: recompute runs them through the draft again; gather fetches them "
+        "from a store of all tokens and turns them to their new positions.",
         choices=("gather", "recompute"),
+    )
+    store: Literal["host", "device"] = option(
+        "host",
+        "Where the store of gather lives; on the device it grows there with the context.",
+        choices=("host", "device"),
     )
     score_layer: int | None = option(
         None, "Target layer whose attention scores the chunks. Default: the last full-attention one.", low=0
     )
-
-    def __post_init__(self) -> None:
-        Checked.__post_init__(self)
-        if self.refill == "gather":
-            raise ValueError("refill gather is not built yet; use recompute, which gives the same output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,12 @@ class LoadConfig(Checked):
     dtype: str = option("auto", "auto is the checkpoint's.", choices=("auto", "float32", "bfloat16", "float16"))
     device: str | None = option(None, "cpu, cuda, cuda:1, ... Default: cuda where there is one.")
     device_map: str | None = option(None, "auto spreads the target over devices (needs accelerate).", choices=("auto",))
+    flash_prefill: bool | None = field(
+        default=None, metadata={"help": "Prefill without a mask over the prompt. Default: as --use-specextend."}
+    )
+    hybrid_attention: bool | None = field(
+        default=None, metadata={"help": "Trees by hybrid tree attention. Default: as --use-specextend."}
+    )
     quantization: str | None = option(None, "Of the target (needs bitsandbytes).", choices=("4bit", "8bit"))
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings."})
 

@@ -1,11 +1,8 @@
 """The loop: draft a tree, verify it in one forward of the target, keep what the target would have said itself."""
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +11,7 @@ from specx.acceptance import Walk, walk
 from specx.config import Settings
 from specx.controller import FixedController
 from specx.draft import Draft, DraftModel
+from specx.generation import Generation, Piece
 from specx.hf import HFModel
 from specx.hf_config import end_ids, logits_processors
 from specx.retrieval import CachePolicy
@@ -24,83 +22,26 @@ from specx.tree import DraftTree
 StopCheck = Callable[[int], bool]
 
 
-@dataclass(slots=True)
-class Generation:
-    """What came out of one generation, and what it cost; grows while it runs.
+class Chooser(Protocol):
+    """Says what the target's token after each node is; `sampling.TokenChooser` asks the target itself."""
 
-    Attributes:
-        tokens: New token ids, the end-of-text token included where it ended.
-        text: Their text, set by `specx.api` where there is a tokenizer.
-        finish_reason: "eos", "stop", "length" or, after Ctrl-C or an abandoned stream, "interrupted".
-        trace: One record a verification step, if asked for: the tree's tokens, parents (-1: root) and scores, the
-            accepted path, and the chunks kept by a retrieval before that step (None: no retrieval).
-        notes: What differs from what was asked for, and why.
-    """
+    mode: str
 
-    prompt_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = "interrupted"
-    trace: list[dict[str, Any]] | None = None
-    notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    accepted: Counter[int] = field(default_factory=Counter)
-    emitted: int = 0
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    draft_kv_tokens: int = 0
-
-    @property
-    def steps(self) -> int:
-        """Verification steps."""
-        return self.accepted.total()
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """Figures of this generation, ready for JSON.
-
-        tau is the tokens emitted by verification steps over their number, bonus tokens included; the token that the
-        prefill gives counts in neither. Decode figures leave the prefills (target's and draft's) out; both are in
-        ttft_seconds. accepted_histogram[n] counts the steps that emitted n drafted tokens.
-        """
-        parts = ("draft", "verify", "retrieval")
-        decode = self.seconds["decode"]
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": len(self.tokens),
-            "finish_reason": self.finish_reason,
-            "tau": self.emitted / self.steps if self.steps else None,
-            "steps": self.steps,
-            "accepted_histogram": {str(n): self.accepted[n] for n in sorted(self.accepted)},
-            "ttft_seconds": self.seconds["first"],
-            "decode_seconds": decode,
-            "decode_tokens_per_second": self.emitted / decode if decode else None,
-            **{f"ms_{part}": 1000 * self.seconds[part] for part in parts},
-            "ms_other": 1000 * max(0.0, decode - sum(self.seconds[part] for part in parts)),
-            "draft_kv_tokens": self.draft_kv_tokens,
-            "notes": self.notes,
-            **self.facts,
-        }
-
-    @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        """Add the seconds spent inside to `part`."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] += time.perf_counter() - began
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens that one step emitted; the first `drafted` of them were proposed by the draft."""
-
-    tokens: tuple[int, ...]
-    drafted: int
+    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
+        """Return T token ids; logits [T, V], `ids` all tokens before the root, int64 [L]."""
+        ...
 
 
 def decode(
-    model: HFModel, draft_model: DraftModel | None, ids: Tensor, settings: Settings, out: Generation, stop: StopCheck
+    model: HFModel,
+    draft_model: DraftModel | None,
+    ids: Tensor,
+    settings: Settings,
+    out: Generation,
+    stop: StopCheck,
+    *,
+    target: Target | None = None,
+    chooser: Chooser | None = None,
 ) -> Generator[Piece]:
     """Generate after `ids`, yielding what each step emits; everything else goes into `out`.
 
@@ -110,11 +51,13 @@ def decode(
         ids: Prompt, int64 [L] on the target's device.
         draft_model: None decodes plainly.
         stop: Told every emitted token; True ends the generation behind it.
+        target: A target with room for the request, to share one prefill among several; None makes one.
+        chooser: Chooses the tokens instead of the target, for measurements along a given text.
 
     Raises:
         ValueError: At once, if `settings` do not fit the models.
     """
-    return _steps(_Request(model, draft_model, ids, settings, out, stop), ids)
+    return _steps(_Request(model, draft_model, ids, settings, out, stop, target, chooser), ids)
 
 
 def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
@@ -128,7 +71,7 @@ def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
     yield Piece((root,), 0)
     while not done:
         began = time.perf_counter()
-        kept = request.refresh_if_due()
+        request.refresh_if_due()
         plan = request.controller.plan(settings.stopping.max_new_tokens - len(out.tokens))
         with out.clock("draft"):
             tree = draft.propose(plan).to(ids.device) if draft and plan.nodes > 1 else request.root_alone()
@@ -142,7 +85,7 @@ def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
                 draft.accept(found)
         request.last_node = found.path[-1]
         done = request.emit(found)
-        request.record(tree, found, kept)
+        request.record(tree, found)
         out.seconds["decode"] += time.perf_counter() - began
         yield Piece(found.tokens, found.drafted)
 
@@ -158,30 +101,39 @@ class _Request:
         settings: Settings,
         out: Generation,
         stop: StopCheck,
+        target: Target | None,
+        chooser: Chooser | None,
     ) -> None:
         self.out, self.settings, self.stop = out, settings, stop
         tree, wanted = settings.tree, settings.stopping.max_new_tokens
         self.policy = self._policy(model, draft_model, len(ids) + wanted) if draft_model else None
         scored = self.policy is not None and self.policy.top_chunks > 0
         layer = settings.cache.score_layer if settings.cache.score_layer is not None else model.score_layer()
-        self.target = Target(
+        self.target = target or Target(
             model, len(ids) + wanted + tree.nodes, layer if scored else None, draft_model.taps if draft_model else ()
         )
         self.draft: Draft | None = None
         if draft_model and self.policy:
-            rows = len(ids) + wanted
-            rows = rows if self.policy.name == "full" else min(rows, self.policy.limit)
-            self.draft = draft_model.start(rows, tree.beam * tree.depth)
+            tokens = len(ids) + wanted
+            rows = tokens if self.policy.name == "full" else min(tokens, self.policy.limit)
+            self.draft = draft_model.start(rows, tree.beam * tree.depth, tokens, settings.cache)
+            if rows < tokens and self.draft.refill != settings.cache.refill:
+                out.notes.append(
+                    f"refill {settings.cache.refill} became {self.draft.refill}: this draft's keys cannot be moved to "
+                    "other positions by a rotation"
+                )
         self.controller = FixedController(tree if draft_model else None)
         processors = logits_processors(model.model, settings.sampling, ids, wanted)
-        self.chooser = TokenChooser(processors, settings.sampling, model.device)
+        self.chooser: Chooser = chooser or TokenChooser(processors, settings.sampling, model.device)
         self.end_ids = end_ids(model.model)
         self._buffer = torch.cat([ids, ids.new_zeros(wanted)])
         self.steps_since, self.last_node = 0, -1
+        self.kept: tuple[int, ...] | None = None  # chunks chosen since the last step
         out.facts |= {
             "policy": self.policy.name if self.policy else "none",
             "draft": draft_model.name if draft_model else None,
             "draft_context": draft_model.draft_context if draft_model else None,
+            "refill": self.draft.refill if self.draft else None,
             "backend": model.backend,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
@@ -219,23 +171,23 @@ class _Request:
             return
         ids, keep = self.ids[: self.out.prompt_tokens], None
         if not self.policy.fits(len(ids) + 1):
-            keep = self.policy.select(self.target.chunk_scores(-1, self.policy.chunk_size), len(ids)).indices
+            kept = self.policy.select(self.target.chunk_scores(-1, self.policy.chunk_size), len(ids))
+            keep, self.kept = kept.indices, kept.chunks
         self.draft.prefill(ids, keep)
         self.draft.begin(root)
 
-    def refresh_if_due(self) -> tuple[int, ...] | None:
-        """Rebuild the draft's cache if the policy says so; return the retrieved chunks."""
+    def refresh_if_due(self) -> None:
+        """Rebuild the draft's cache if the policy says so."""
         if self.draft is None or self.policy is None:
-            return None
+            return
         length = self.target.cache.committed
         if not self.policy.due(length, self.draft.cached, self.draft.waiting, self.steps_since):
             self.steps_since += 1
-            return None
+            return
         with self.out.clock("retrieval"):
             kept = self.policy.select(self.target.chunk_scores(self.last_node, self.policy.chunk_size), length)
             self.draft.refresh(kept.indices)
-        self.steps_since = 1
-        return kept.chunks
+        self.steps_since, self.kept = 1, kept.chunks
 
     def cut(self, found: Walk) -> Walk:
         """Cut a step behind the token that ends the generation and say why it ends."""
@@ -256,7 +208,7 @@ class _Request:
         self.out.tokens += found.tokens
         return self.out.finish_reason != "interrupted"
 
-    def record(self, tree: DraftTree, found: Walk, kept: tuple[int, ...] | None) -> None:
+    def record(self, tree: DraftTree, found: Walk) -> None:
         """Count a verification step."""
         self.out.emitted += len(found.tokens)
         self.out.accepted[found.drafted] += 1
@@ -268,6 +220,7 @@ class _Request:
                     "parents": tree.parents.tolist(),
                     "scores": tree.scores.tolist(),
                     "path": list(found.path),
-                    "kept_chunks": None if kept is None else list(kept),
+                    "kept_chunks": None if self.kept is None else list(self.kept),
                 }
             )
+        self.kept = None

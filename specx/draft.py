@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specx.acceptance import Walk
+from specx.config import CacheConfig
 from specx.tree import DraftTree, Plan
 
 
@@ -20,6 +21,11 @@ class Draft(Protocol):
     @property
     def waiting(self) -> int:
         """Accepted tokens that the next `propose` must feed first, the root included."""
+        ...
+
+    @property
+    def refill(self) -> str:
+        """How a refresh fills the cache: "recompute" or "gather"."""
         ...
 
     def prefill(self, ids: Tensor, keep: Tensor | None) -> None:
@@ -60,6 +66,11 @@ class DraftModel(Protocol):
     max_positions: int | None
     taps: Sequence[int]
 
-    def start(self, capacity: int, tree_rows: int) -> Draft:
-        """Start a request whose cache reaches `capacity` tokens, plus `tree_rows` rows of a growing tree."""
+    def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> Draft:
+        """Start a request whose cache reaches `capacity` tokens, plus `tree_rows` rows of a growing tree.
+
+        Args:
+            tokens: Prompt and new tokens together; more than `capacity` means that some will be dropped.
+            config: How dropped tokens come back (refill, store), and the sinks.
+        """
         ...

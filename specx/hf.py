@@ -50,13 +50,16 @@ class HFModel:
         model: A `transformers` causal LM in eval mode.
         backend: "auto" or a backend of `specx.attention`.
         hybrid: False: one dense mask instead of hybrid tree attention (for ablation).
+        flash_prefill: False: the same for the chunks of a prefill.
 
     Raises:
         ValueError: If the model cannot be enhanced; the message says why.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str = "auto", hybrid: bool = True) -> None:
-        self.model, self.hybrid = model, hybrid
+    def __init__(
+        self, model: PreTrainedModel, backend: str = "auto", hybrid: bool = True, flash_prefill: bool = True
+    ) -> None:
+        self.model, self.hybrid, self.flash_prefill = model, hybrid, flash_prefill
         self.config = model.config.get_text_config(decoder=True)
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.dtype: torch.dtype = model.dtype
@@ -135,7 +138,8 @@ class HFModel:
             context: Length of the prompt that these tokens are a chunk of; 0: they are no part of a longer one.
         """
         tail = positions if tail_positions is None else tail_positions
-        call = Call(cache.committed, positions, mask, tail, self.backend, self.hybrid, score_layer)
+        flash = self.flash_prefill if mask is None else self.hybrid
+        call = Call(cache.committed, positions, mask, tail, self.backend, not flash, score_layer)
         options = {"logits_to_keep": keep_logits} if keep_logits is not None and self._keeps_logits else {}
         with torch.no_grad(), self._enabled(call), self._rotated_for(context), self._tapped(taps) as features:
             out = self.model(

@@ -42,7 +42,7 @@ class Call:
         mask: Which of the P tail rows each token sees, bool [T, P]; None: causal, P == T.
         tail_positions: Of the P tail rows, int64 [P].
         backend: Name of the attention backend.
-        hybrid: False attends in one pass with a dense mask over prefix and tail.
+        dense: Attend in one pass with a mask over prefix and tail, instead of flash and hybrid tree attention.
         score_layer: Layer whose queries are kept.
         windows: The sliding window that each layer asked for.
     """
@@ -52,7 +52,7 @@ class Call:
     mask: Tensor | None
     tail_positions: Tensor
     backend: str
-    hybrid: bool
+    dense: bool
     score_layer: int | None
     windows: dict[int, int | None] = field(default_factory=dict)
     scored: ScoredRows | None = None
@@ -69,7 +69,7 @@ class Call:
         single = rows == 1 and keys - self.prefix == 1
         options["backend"] = self.backend
         dtype = query.dtype
-        if not self.hybrid and not single and self.prefix:
+        if self.dense and not single:
             dense = self._bias("dense", window, start, dtype)
             return attention.attend(query, key[:, :, start:], value[:, :, start:], bias=dense, **options)
         causal = self.mask is None and (window is None or rows <= window)

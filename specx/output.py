@@ -14,7 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from specx.api import Segment
-    from specx.decoding import Generation
+    from specx.generation import Generation
 
 INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
 
@@ -92,7 +92,9 @@ def report(out: "Generation", verbose: bool) -> None:
         click.echo(f"note: {note}", err=True)
     for number, record in enumerate(out.trace or [] if verbose else []):
         if record["kept_chunks"] is not None:
-            click.echo(f"step {number}: draft cache rebuilt, chunks kept {record['kept_chunks']}", err=True)
+            texts = record.get("kept_texts") or [""] * len(record["kept_chunks"])
+            chunks = ", ".join(f"{chunk} {text!r}" for chunk, text in zip(record["kept_chunks"], texts, strict=True))
+            click.echo(f"step {number}: draft cache rebuilt, chunks kept: {chunks or 'none'}", err=True)
     rate = stats["decode_tokens_per_second"]
     speed = f"{rate:.1f} tokens/s" if rate else "no decode step"
     tau = f"{stats['tau']:.2f}" if stats["tau"] else "-"

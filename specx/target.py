@@ -26,14 +26,22 @@ class Target:
         self.model, self.score_layer, self.taps = model, score_layer, tuple(taps)
         self.cache = model.new_cache(capacity)
         self._last: Output | None = None
+        self._prompt: tuple[Tensor, Output] | None = None
 
     def prefill(self, ids: Tensor, on_chunk: Callable[[Output], None] | None = None) -> Output:
         """Run the prompt in chunks and return the output of the last one: logits [1, V] of its last row.
+
+        The same tensor once more only goes back to its end: several runs after one prompt pay for it once.
 
         Args:
             ids: int64 [L].
             on_chunk: Called with every chunk's output, for drafts that stream features.
         """
+        if self._prompt is not None and self._prompt[0] is ids and on_chunk is None:
+            self.cache.truncate(len(ids))
+            self._last = self._prompt[1]
+            return self._last
+        self.cache.truncate(0)
         for first in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[first : first + PREFILL_CHUNK]
             positions = torch.arange(first, first + len(chunk), device=ids.device)
@@ -50,6 +58,7 @@ class Target:
             if on_chunk is not None:
                 on_chunk(self._last)
         assert self._last is not None
+        self._prompt = ids, self._last
         return self._last
 
     def verify(self, tree: DraftTree) -> Output:

@@ -17,14 +17,14 @@ LAYERS = [
     {"attention", "kernels", "cache", "retrieval", "acceptance"},
     {"hf_attention", "hf_config"},
     {"sampling", "hf", "text"},
-    {"target", "draft"},
-    {"controller"},
+    {"target", "draft", "rotary"},
+    {"controller", "store", "generation"},
     {"decoding"},
     {"data"},
     {"adapters"},
     {"api"},
     {"doctor", "training", "eval"},
-    {"cli", "output", "__main__"},
+    {"cli", "cli_eval", "cli_options", "output", "__main__"},
 ]
 # Plain tables and dataclasses: anyone above config may read them, and they may not import torch.
 ANYWHERE = {"specx.adapters.names", "specx.config"}

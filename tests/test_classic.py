@@ -9,6 +9,7 @@ from conftest import pair
 from transformers import MistralConfig, MistralForCausalLM
 
 from specx.acceptance import Walk
+from specx.config import CacheConfig
 from specx.tree import Plan
 
 PLAN = Plan(12, 3, 3)
@@ -21,7 +22,7 @@ def adapter(tiny):
 
 def prefilled(adapter, tokens, keep=None):
     """A draft that has seen nothing but these tokens, the last of them as root."""
-    draft = adapter.start(1000, 50)
+    draft = adapter.start(1000, 50, 1000, CacheConfig())
     draft.prefill(torch.tensor(tokens[:-1]), keep)
     draft.begin(tokens[-1])
     return draft

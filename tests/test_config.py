@@ -64,15 +64,10 @@ def test_none_is_no_value_where_there_is_a_default(config, each):
 
 @named(CHOICES)
 def test_choices(config, each):
-    for choice in set(each.metadata["choices"]) - {"gather"}:
+    for choice in set(each.metadata["choices"]):
         assert getattr(config(**{each.name: choice}), each.name) == choice
     with pytest.raises(ValueError, match=rf"^{each.name} must be one of {each.metadata['choices'][0]}.*got 'other'"):
         config(**{each.name: "other"})
-
-
-def test_gather_is_to_come():
-    with pytest.raises(ValueError, match="refill gather is not built yet; use recompute"):
-        CacheConfig(refill="gather")
 
 
 @pytest.mark.parametrize("name", ["temperature", "tree_threshold"])

@@ -17,7 +17,7 @@ import specx.adapters.classic
 import specx.target
 from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
-from specx.decoding import Generation
+from specx.generation import Generation
 from specx.hf import HFModel
 from specx.hf_attention import IMPLEMENTATION, specx_attention
 from specx.tree import DraftTree
@@ -266,8 +266,9 @@ def test_trees_deeper_than_the_window(name, hybrid, prompt_of, small_chunks):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("refill", ["gather", "recompute"])
 @pytest.mark.parametrize("policy", ["full", "window", "retrieval", "auto"])
-def test_policies(tiny, prompt_of, policy, backend, monkeypatch):
+def test_policies(tiny, prompt_of, policy, refill, backend, monkeypatch):
     pair = couple(tiny, 0.02, draft_context=128, backend=backend)
     forward, reached = pair.draft.model.forward, []
 
@@ -276,8 +277,9 @@ def test_policies(tiny, prompt_of, policy, backend, monkeypatch):
         return forward(ids, positions, *rest, **options)
 
     monkeypatch.setattr(pair.draft.model, "forward", watched)
-    out = check(pair, prompt_of(300), policy=policy, chunk_size=8, trace=True)
+    out = check(pair, prompt_of(300), policy=policy, refill=refill, chunk_size=8, trace=True)
     assert out.stats["policy"] == policy
+    assert out.stats["refill"] == ("recompute" if policy == "full" else refill)
     assert out.stats["tau"] > 1.0
     assert (max(reached) < 128) == (policy != "full")
     assert (out.draft_kv_tokens > 128) == (policy == "full")
@@ -310,17 +312,20 @@ def test_prompts_that_end_at_a_chunk_border(length, prompt_of, small_chunks):
     check(couple(family("mistral")), prompt_of(length), 12)
 
 
+@pytest.mark.parametrize("refill", ["gather", "recompute"])
 @pytest.mark.parametrize("policy", ["full", "auto"])
-def test_a_short_prompt_after_a_long_one(tiny, prompt_of, policy):
+def test_a_short_prompt_after_a_long_one(tiny, prompt_of, policy, refill):
     pair = couple(tiny, 0.02, draft_context=128)
     for length in (700, 9, 300, 1):
-        check(pair, prompt_of(length), 30, policy=policy, chunk_size=8)
+        check(pair, prompt_of(length), 30, policy=policy, refill=refill, chunk_size=8)
 
 
-def test_a_long_answer_to_a_short_prompt(prompt_of):
+@pytest.mark.parametrize("refill", ["gather", "recompute"])
+def test_a_long_answer_to_a_short_prompt(prompt_of, refill):
     target = tiny_llama(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=2)
     pair = couple(target, 0.005, draft_context=128)
-    out = check(pair, prompt_of(10), 3000, policy="auto", chunk_size=8, retrieve_every=8, depth=1, nodes=8, trace=True)
+    options = {"policy": "auto", "refill": refill, "chunk_size": 8, "retrieve_every": 8, "depth": 1, "nodes": 8}
+    out = check(pair, prompt_of(10), 3000, trace=True, **options)
     refreshed = [step["kept_chunks"] is not None for step in out.trace]
     first = refreshed.index(True)
     emitted = sum(len(step["path"]) for step in out.trace[:first])

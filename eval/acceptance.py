@@ -1,0 +1,90 @@
+"""tau against context length, on nested prompts: the same place and the same continuation, ever more context before it.
+
+The engine walks along the document's own text, so that every method and every context length decodes the very same
+tokens. At each round the target verifies the draft's tree; `emitted` counts what the target itself (greedy) would have
+taken from it plus its bonus token, `emitted_text` what the document takes. Only then the walk goes on, along the text.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specx.acceptance import walk
+from specx.api import SpeculativeModel
+from specx.decoding import decode
+from specx.eval.methods import Spec, options_of
+from specx.eval.spans import Span
+from specx.generation import Generation
+from specx.target import Target
+from specx.tree import DraftTree
+
+
+class AlongText:
+    """A chooser that takes every token from a given text and notes what the target would have taken.
+
+    Args:
+        text: Prompt and continuation, int64 [n].
+
+    Attributes:
+        emitted: One count a round: tokens that the target, greedy, takes from the tree, plus one.
+    """
+
+    mode = "text"
+
+    def __init__(self, text: Tensor) -> None:
+        self.text, self.emitted = text, list[int]()
+
+    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
+        """Return the text's token after each node; -1 beyond its end."""
+        self.emitted.append(len(walk(tree, logits.argmax(-1).tolist()).tokens))
+        first = len(ids) + 1
+        following = self.text[first : first + int(tree.depths.max()) + 1].tolist()
+        return [following[depth] if depth < len(following) else -1 for depth in tree.depths.tolist()]
+
+
+def measure(
+    model: SpeculativeModel, spans: list[Span], contexts: list[int], specs: list[Spec]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for every span, context length and method of ours.
+
+    One prefill of the target serves all methods that score the same layer.
+    """
+    settings = {spec.text: model.settings.override(**options_of(spec)) for spec in specs if spec.drafts}
+    layers = {text: each.cache.score_layer for text, each in settings.items()}
+    for span in spans:
+        for context in contexts:
+            ids = span.prompt(context).to(model.engine.device)
+            for layer in dict.fromkeys(layers.values()):
+                scored = model.engine.score_layer() if layer is None else layer
+                target = Target(
+                    model.engine, context + span.length + 256, scored, model.draft.taps if model.draft else ()
+                )
+                for text, each in settings.items():
+                    if layers[text] == layer:
+                        yield _row(model, span, context, text) | _along(model, target, ids, span, each)
+
+
+def _row(model: SpeculativeModel, span: Span, context: int, method: str) -> dict[str, Any]:
+    return {
+        "measure": "tau", "kind": span.kind, "document": span.document, "position": span.position,
+        "recurrence": round(span.recurrence, 4), "context": context, "method": method,
+    }  # fmt: skip
+
+
+def _along(model: SpeculativeModel, target: Target, ids: Tensor, span: Span, settings: Any) -> dict[str, Any]:
+    text = torch.cat([ids, span.continuation.to(ids.device)])
+    chooser, out = AlongText(text), Generation(len(ids))
+    settings = settings.override(max_new_tokens=span.length)
+    levels = settings.tree.depth + 2
+    steps = decode(model.engine, model.draft, ids, settings, out, lambda _: False, target=target, chooser=chooser)
+    for _ in steps:
+        if len(out.tokens) + levels > span.length:  # the last trees would be cut to the tokens still wanted
+            break
+    steps.close()
+    own = chooser.emitted[1:]  # the first is the prefill's token
+    return {
+        "emitted": sum(own), "emitted_text": out.emitted, "steps": len(own), "draft_kv_tokens": out.draft_kv_tokens,
+        "policy": out.facts["policy"], "refill": out.facts["refill"],
+    }  # fmt: skip

@@ -1,0 +1,70 @@
+"""Decode speed, time to first token and exactness: all methods on each prompt in turn, in one process."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specx.api import SpeculativeModel
+from specx.eval.methods import Method, Run
+from specx.eval.metrics import distinct_ngrams, first_divergence
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt of the speed and memory measurements; `context` is the length it stands for, `ids` int64 [L]."""
+
+    name: str
+    context: int
+    ids: Tensor
+
+
+def measure(
+    model: SpeculativeModel, prompts: list[Prompt], methods: dict[str, Method], new: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for every prompt and method; plain greedy decoding by Hugging Face is the truth for exactness.
+
+    Every method runs once on a short prompt before. The order of the methods turns with every prompt, so that none
+    profits from its place.
+    """
+    greedy = model.settings.sampling.temperature == 0
+    for method in methods.values():
+        method(prompts[0].ids[-64:], 8)
+    for number, prompt in enumerate(prompts):
+        names = list(methods)
+        turned = names[number % len(names) :] + names[: number % len(names)]
+        runs, loads = {}, {}
+        for name in turned:
+            runs[name], loads[name] = methods[name](prompt.ids.to(model.engine.device), new), os.getloadavg()[0]
+        truth = truth_of(model, prompt.ids, new, runs) if greedy else None
+        for name in names:
+            row = {
+                "measure": "speed", "prompt": prompt.name, "context": prompt.context, "tokens": len(prompt.ids),
+                "method": name, "load": round(loads[name], 2), "new": len(runs[name].tokens), **runs[name].figures,
+                "distinct_4grams": round(distinct_ngrams(runs[name].tokens), 4),
+            }  # fmt: skip
+            yield row | (compared(model, prompt.ids, runs[name].tokens, truth) if truth is not None else {})
+
+
+def truth_of(model: SpeculativeModel, ids: Tensor, new: int, runs: dict[str, Run]) -> list[int]:
+    """Return what the target generates greedily by itself."""
+    if "ar" in runs:
+        return runs["ar"].tokens
+    ids = ids.to(model.engine.device)[None]
+    out = model.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def compared(model: SpeculativeModel, ids: Tensor, ours: list[int], theirs: list[int]) -> dict[str, Any]:
+    """Return whether outputs are equal; else where they part, and the target's top-1/top-2 logit margin there."""
+    place = first_divergence(ours, theirs)
+    if place is None:
+        return {"same": True, "divergence": None, "margin": None}
+    before = torch.cat([ids, ids.new_tensor(theirs[:place])]).to(model.engine.device)
+    with torch.no_grad():
+        logits = model.target(before[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    best = logits.topk(2).values
+    return {"same": False, "divergence": place, "margin": round((best[0] - best[1]).item(), 6)}

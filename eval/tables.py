@@ -1,0 +1,168 @@
+"""Tables of measured rows, once for Markdown and for the terminal."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table as Shown
+
+from specx.data.documents import length_name
+from specx.eval.metrics import efficiency, paired_bootstrap_tau, pooled_tau
+
+Row = dict[str, Any]
+PARTS = ("ms_draft", "ms_verify", "ms_retrieval", "ms_other")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, a line that says how to read it, and cells."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """Return it as Markdown."""
+        lines = [f"## {self.title}", "", self.note, "", self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(line if isinstance(line, str) else f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    def shown(self) -> Shown:
+        """Return it for a terminal."""
+        table = Shown(*self.header, title=self.title, caption=self.note)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """Return the tables for whatever was measured."""
+    made: list[Table] = []
+    by = {name: [row for row in rows if row["measure"] == name] for name in ("tau", "speed", "memory")}
+    for kind in dict.fromkeys(row["kind"] for row in by["tau"]):
+        made += tau_tables([row for row in by["tau"] if row["kind"] == kind], kind)
+    if by["speed"]:
+        made.append(speed_table(by["speed"]))
+    if by["memory"]:
+        made.append(memory_table(by["memory"]))
+    return made
+
+
+def markdown(facts: Row, rows: list[Row]) -> str:
+    """Return the whole summary."""
+    head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    return "\n".join([head, "", *(table.markdown() for table in tables(rows))])
+
+
+def tau_tables(rows: list[Row], kind: str) -> list[Table]:
+    """tau by context and method, and the paired differences of every method to `full` and `window`."""
+    contexts, methods = _axes(rows)
+    spans = sorted({(row["document"], row["position"]) for row in rows})
+    cell: dict[tuple[str, int], dict[tuple[str, int], tuple[int, int]]] = {}
+    for row in rows:
+        cell.setdefault((row["method"], row["context"]), {})[row["document"], row["position"]] = (
+            row["emitted"], row["steps"],
+        )  # fmt: skip
+    share = statistics.mean({(r["document"], r["position"]): r["recurrence"] for r in rows}.values())
+    note = (
+        f"{len(spans)} {kind} spans, nested prompts (same place and continuation); {share:.0%} of the tokens can be "
+        "copied only from beyond the draft's window. "
+    )
+    lines = [[method] + [_number(pooled_tau([*cell[method, c].values()])) if (method, c) in cell else "-"
+              for c in contexts] for method in methods]  # fmt: skip
+    names = [length_name(context) for context in contexts]
+    made = [Table(f"tau, {kind} spans", note + "tau counts what the target, greedy, takes.", ["method", *names], lines)]
+    for base in ("full", "window"):
+        others = [method for method in methods if method != base]
+        if base in methods and others:
+            found = [
+                [m] + [_difference(cell.get((base, c), {}), cell.get((m, c), {})) for c in contexts] for m in others
+            ]
+            title = f"tau against {base}, {kind} spans"
+            made.append(Table(title, "Relative difference, paired 95 % bootstrap interval.", ["method", *names], found))
+    return made
+
+
+def _difference(base: dict[Any, tuple[int, int]], mine: dict[Any, tuple[int, int]]) -> str:
+    shared = sorted(base.keys() & mine.keys())
+    if not shared:
+        return "-"
+    found = paired_bootstrap_tau([base[key] for key in shared], [mine[key] for key in shared], relative=True)
+    return f"{found.mean:+.1%} [{found.low:+.1%}, {found.high:+.1%}]"
+
+
+def speed_table(rows: list[Row]) -> Table:
+    """Medians over prompts; ratios are taken prompt by prompt to the faster of the two caches of plain decoding."""
+    contexts, methods = _axes(rows)
+    base: dict[tuple[int, str], float] = {}
+    for row in rows:
+        if row["method"] in ("ar", "ar-static") and row["decode_tokens_per_second"]:
+            key = row["context"], row["prompt"]
+            base[key] = max(base.get(key, 0.0), row["decode_tokens_per_second"])
+    header = [
+        "context", "method", "prompts", "tokens/s", "ratio", "tau", "efficiency", "first token s",
+        "ms a step: draft, verify, retrieval, other", "draft cache", "distinct 4-grams", "same (largest margin)",
+    ]  # fmt: skip
+    lines = []
+    for context in contexts:
+        for method in methods:
+            own = [r for r in rows if (r["context"], r["method"]) == (context, method)]
+            if own:
+                lines.append([length_name(context), method, str(len(own)), *_speed_cells(own, base)])
+    note = (
+        "Decode tokens/s without prefill, medians. ratio: to Hugging Face's plain decoding with the faster of its two "
+        "caches, prompt by prompt. efficiency = ratio / tau. same: outputs equal to plain greedy decoding; margin: the "
+        "target's top-1/top-2 logit distance where the others part."
+    )
+    return Table("Speed", note, header, lines)
+
+
+def _speed_cells(own: list[Row], base: dict[tuple[int, str], float]) -> list[str]:
+    rates = [row["decode_tokens_per_second"] for row in own if row["decode_tokens_per_second"]]
+    keys = [(row["context"], row["prompt"]) for row in own if row["decode_tokens_per_second"]]
+    ratios = [rate / base[key] for rate, key in zip(rates, keys, strict=True) if key in base]
+    ratio = statistics.median(ratios) if ratios else None
+    ours = [row for row in own if row.get("steps")]
+    tau = pooled_tau([(row["emitted"], row["steps"]) for row in ours]) if ours else None
+    split = [statistics.median(row[part] / row["steps"] for row in ours) for part in PARTS] if ours else []
+    judged = [row for row in own if "same" in row]
+    margins = [row["margin"] for row in judged if row["margin"] is not None]
+    return [
+        _number(_median(own, "decode_tokens_per_second"), 1),
+        _number(ratio),
+        _number(tau),
+        _number(efficiency(ratio, tau) if ratio and tau else None),
+        _number(_median(own, "ttft_seconds")),
+        ", ".join(_number(each, 1) for each in split) or "-",
+        _number(_median(own, "draft_kv_tokens"), 0),
+        _number(_median(own, "distinct_4grams")),
+        (f"{sum(row['same'] for row in judged)}/{len(judged)}" if judged else "-")
+        + (f" ({max(margins):.3g})" if margins else ""),
+    ]
+
+
+def memory_table(rows: list[Row]) -> Table:
+    """Peak memory a method and length, above what the process held before."""
+    contexts, methods = _axes(rows)
+    found = {(row["method"], row["context"]): row for row in rows}
+
+    def cells(method: str, show: Callable[[Row], str]) -> list[str]:
+        return [show(found[method, c]) if (method, c) in found else "-" for c in contexts]
+
+    lines = [[m, *cells(m, lambda r: f"{(r['peak_bytes'] - r['before_bytes']) / 2**20:.0f}")] for m in methods]
+    note = "MiB above what the loaded process held before, one process a cell."
+    return Table("Peak memory", note, ["method", *(length_name(context) for context in contexts)], lines)
+
+
+def _axes(rows: list[Row]) -> tuple[list[int], list[str]]:
+    return sorted({row["context"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
+
+
+def _median(rows: list[Row], key: str) -> float | None:
+    found = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.median(found) if found else None
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
