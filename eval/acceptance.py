@@ -17,8 +17,12 @@ from specx.decoding import decode
 from specx.eval.methods import Spec, options_of
 from specx.eval.spans import Span
 from specx.generation import Generation
+from specx.hf_config import logits_processors
+from specx.sampling import TokenChooser
 from specx.target import Target
 from specx.tree import DraftTree
+
+BUCKET = 512  # tokens of a long span that are counted together
 
 
 class AlongText:
@@ -26,6 +30,7 @@ class AlongText:
 
     Args:
         text: Prompt and continuation, int64 [n].
+        own: Says what the target would have taken.
 
     Attributes:
         emitted: One count a round: tokens that the target, greedy, takes from the tree, plus one.
@@ -33,12 +38,12 @@ class AlongText:
 
     mode = "text"
 
-    def __init__(self, text: Tensor) -> None:
-        self.text, self.emitted = text, list[int]()
+    def __init__(self, text: Tensor, own: TokenChooser) -> None:
+        self.text, self.own, self.emitted = text, own, list[int]()
 
     def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
         """Return the text's token after each node; -1 beyond its end."""
-        self.emitted.append(len(walk(tree, logits.argmax(-1).tolist()).tokens))
+        self.emitted.append(len(walk(tree, self.own.choose(logits, tree, ids)).tokens))
         first = len(ids) + 1
         following = self.text[first : first + int(tree.depths.max()) + 1].tolist()
         return [following[depth] if depth < len(following) else -1 for depth in tree.depths.tolist()]
@@ -52,15 +57,16 @@ def measure(
     One prefill of the target serves all methods that score the same layer.
     """
     settings = {spec.text: model.settings.override(**options_of(spec)) for spec in specs if spec.drafts}
-    layers = {text: each.cache.score_layer for text, each in settings.items()}
+    default = model.engine.score_layer()
+    layers = {
+        text: default if each.cache.score_layer is None else each.cache.score_layer for text, each in settings.items()
+    }
     for span in spans:
         for context in contexts:
             ids = span.prompt(context).to(model.engine.device)
             for layer in dict.fromkeys(layers.values()):
-                scored = model.engine.score_layer() if layer is None else layer
-                target = Target(
-                    model.engine, context + span.length + 256, scored, model.draft.taps if model.draft else ()
-                )
+                taps = model.draft.taps if model.draft else ()
+                target = Target(model.engine, context + span.length + 256, layer, taps)
                 for text, each in settings.items():
                     if layers[text] == layer:
                         yield _row(model, span, context, text) | _along(model, target, ids, span, each)
@@ -75,11 +81,15 @@ def _row(model: SpeculativeModel, span: Span, context: int, method: str) -> dict
 
 def _along(model: SpeculativeModel, target: Target, ids: Tensor, span: Span, settings: Any) -> dict[str, Any]:
     text = torch.cat([ids, span.continuation.to(ids.device)])
-    chooser, out = AlongText(text), Generation(len(ids))
-    settings = settings.override(max_new_tokens=span.length)
+    settings = settings.override(max_new_tokens=span.length, temperature=0.0)
+    processors = logits_processors(model.target, settings.sampling, ids, span.length)
+    chooser = AlongText(text, TokenChooser(processors, settings.sampling, model.engine.device))
+    out = Generation(len(ids))
     levels = settings.tree.depth + 2
     steps = decode(model.engine, model.draft, ids, settings, out, lambda _: False, target=target, chooser=chooser)
+    starts: list[int] = []  # tokens generated before each round
     for _ in steps:
+        starts.append(len(out.tokens))
         if len(out.tokens) + levels > span.length:  # the last trees would be cut to the tokens still wanted
             break
     steps.close()
@@ -87,4 +97,15 @@ def _along(model: SpeculativeModel, target: Target, ids: Tensor, span: Span, set
     return {
         "emitted": sum(own), "emitted_text": out.emitted, "steps": len(own), "draft_kv_tokens": out.draft_kv_tokens,
         "policy": out.facts["policy"], "refill": out.facts["refill"],
-    }  # fmt: skip
+    } | _by_position(starts, own, span.length)  # fmt: skip
+
+
+def _by_position(starts: list[int], emitted: list[int], length: int) -> dict[str, Any]:
+    """Return [emitted, steps] for every `BUCKET` tokens of a long span."""
+    if length < 2 * BUCKET:
+        return {}
+    parts = [[0, 0] for _ in range(-(-length // BUCKET))]
+    for start, count in zip(starts, emitted, strict=False):
+        parts[start // BUCKET][0] += count
+        parts[start // BUCKET][1] += 1
+    return {"by_position": parts}

@@ -4,6 +4,7 @@ On CUDA it is the most memory allocated; elsewhere the most resident memory, who
 and the run (other systems do not, so that there a run that needs less than the loading shows nothing).
 """
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -36,29 +37,32 @@ def measure(loading: dict[str, Any], prompts: list[Prompt], methods: list[str], 
             )
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                if done.returncode < 0:  # what was written before tells nothing
+                    last = f"killed by signal {-done.returncode} (9: perhaps out of memory)"
                 raise RuntimeError(f"measuring the memory of {method} after {prompt.context} tokens failed: {last}")
             found = json.loads(done.stdout.strip().splitlines()[-1])
             yield {"measure": "memory", "prompt": prompt.name, "context": prompt.context, "method": method, **found}
 
 
-def peak_bytes() -> int:
-    """Return the most memory in use since `reset`, in bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_bytes(cuda: bool) -> int:
+    """Return the most memory in use since `reset`, in bytes; `cuda`: on all such devices together."""
+    if cuda:
+        return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
     if _STATUS.exists():
         return _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def reset() -> int:
-    """Forget the peak so far; return the bytes in use now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if not _STATUS.exists():
-        return peak_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
-    return _status("VmRSS")
+def reset(cuda: bool) -> int:
+    """Forget the peak so far; return the bytes in use now, or the peak where it cannot be forgotten."""
+    if cuda:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak_bytes(cuda)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
+        return _status("VmRSS")
+    return peak_bytes(cuda)
 
 
 def _status(name: str) -> int:
@@ -67,7 +71,15 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    """Read a job from standard input, run it, write what it took to standard output."""
+    """Read a job from standard input, run it, write what it took to standard output, or why it failed on one line."""
+    try:
+        figures = _figures()
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    sys.stdout.write(json.dumps(figures) + "\n")
+
+
+def _figures() -> dict[str, Any]:
     from specx.api import load
     from specx.eval.methods import build, parse_methods
 
@@ -77,10 +89,11 @@ def main() -> None:
     method = methods[next(iter(methods))]
     ids = torch.tensor(job["ids"], device=model.engine.device)
     method(ids[-64:], 4)  # what kernels and libraries allocate once
-    before = reset()
+    cuda = ids.is_cuda
+    before = reset(cuda)
     run = method(ids, job["new"])
-    figures = {"before_bytes": before, "peak_bytes": peak_bytes(), "new": len(run.tokens)}
-    sys.stdout.write(json.dumps(figures | {"draft_kv_tokens": run.figures.get("draft_kv_tokens")}) + "\n")
+    kept = run.figures.get("draft_kv_tokens")
+    return {"before_bytes": before, "peak_bytes": peak_bytes(cuda), "new": len(run.tokens), "draft_kv_tokens": kept}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The methods that are compared: Hugging Face's own with the best settings they have, and specx under each policy.
 
 A method is written NAME[:option=value ...], for example `retrieval:recent=256:refill=gather`; the options are those of
-the draft's cache and tree. `ar` is Hugging Face's plain decoding with its dynamic and with its static cache: the faster one counts.
+the draft's cache and tree. `ar` is Hugging Face's plain decoding with its dynamic and with its static cache: the faster
+one counts.
 """
 
 import os

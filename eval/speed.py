@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specx.api import SpeculativeModel
-from specx.eval.methods import Method, Run
+from specx.eval.methods import Method, Run, huggingface
 from specx.eval.metrics import distinct_ngrams, first_divergence
 
 
@@ -27,35 +27,45 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every prompt and method; plain greedy decoding by Hugging Face is the truth for exactness.
 
-    Every method runs once on a short prompt before. The order of the methods turns with every prompt, so that none
-    profits from its place.
+    Every method runs once on a short prompt before, on CUDA once at each length, for which it compiles. The order of
+    the methods turns with every prompt, so that none profits from its place. Where a method fails or is interrupted,
+    the rows of that prompt's earlier ones come first.
     """
-    greedy = model.settings.sampling.temperature == 0
+    greedy, device = model.settings.sampling.temperature == 0, model.engine.device
     for method in methods.values():
-        method(prompts[0].ids[-64:], 8)
+        method(prompts[0].ids[-64:].to(device), 8)
+    lengths = set[int]()
     for number, prompt in enumerate(prompts):
         names = list(methods)
         turned = names[number % len(names) :] + names[: number % len(names)]
-        runs, loads = {}, {}
-        for name in turned:
-            runs[name], loads[name] = methods[name](prompt.ids.to(model.engine.device), new), os.getloadavg()[0]
-        truth = truth_of(model, prompt.ids, new, runs) if greedy else None
-        for name in names:
+        runs, loads = dict[str, Run](), dict[str, float]()
+        truth, failure = None, None
+        try:
+            if device.type == "cuda" and len(prompt.ids) not in lengths:
+                lengths.add(len(prompt.ids))
+                for method in methods.values():
+                    method(prompt.ids.to(device), new)
+            for name in turned:
+                runs[name], loads[name] = methods[name](prompt.ids.to(device), new), os.getloadavg()[0]
+            truth = truth_of(model, prompt.ids, new, runs) if greedy else None
+        except (Exception, KeyboardInterrupt) as error:
+            failure = error
+        for name in [name for name in names if name in loads]:
             row = {
                 "measure": "speed", "prompt": prompt.name, "context": prompt.context, "tokens": len(prompt.ids),
                 "method": name, "load": round(loads[name], 2), "new": len(runs[name].tokens), **runs[name].figures,
                 "distinct_4grams": round(distinct_ngrams(runs[name].tokens), 4),
             }  # fmt: skip
             yield row | (compared(model, prompt.ids, runs[name].tokens, truth) if truth is not None else {})
+        if failure is not None:
+            raise failure
 
 
 def truth_of(model: SpeculativeModel, ids: Tensor, new: int, runs: dict[str, Run]) -> list[int]:
     """Return what the target generates greedily by itself."""
     if "ar" in runs:
         return runs["ar"].tokens
-    ids = ids.to(model.engine.device)[None]
-    out = model.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-    return out[0, ids.shape[1] :].tolist()
+    return huggingface(model, {})(ids.to(model.engine.device), new).tokens
 
 
 def compared(model: SpeculativeModel, ids: Tensor, ours: list[int], theirs: list[int]) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """Tables of measured rows, once for Markdown and for the terminal."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Group
+from rich.table import Column
 from rich.table import Table as Shown
+from rich.text import Text
 
 from specx.data.documents import length_name
+from specx.eval.acceptance import BUCKET
 from specx.eval.metrics import efficiency, paired_bootstrap_tau, pooled_tau
 
 Row = dict[str, Any]
@@ -28,12 +33,12 @@ class Table:
         lines = [f"## {self.title}", "", self.note, "", self.header, ["---"] * len(self.header), *self.rows]
         return "\n".join(line if isinstance(line, str) else f"| {' | '.join(line)} |" for line in lines) + "\n"
 
-    def shown(self) -> Shown:
+    def shown(self) -> Group:
         """Return it for a terminal."""
-        table = Shown(*self.header, title=self.title, caption=self.note)
+        table = Shown(*(Column(name, overflow="fold") for name in self.header), title=self.title)
         for row in self.rows:
             table.add_row(*row)
-        return table
+        return Group(table, Text(self.note), "")
 
 
 def tables(rows: list[Row]) -> list[Table]:
@@ -52,13 +57,23 @@ def tables(rows: list[Row]) -> list[Table]:
 def markdown(facts: Row, rows: list[Row]) -> str:
     """Return the whole summary."""
     head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    return "\n".join([head, "", *(table.markdown() for table in tables(rows))])
+    return "\n".join(["# specx eval", "", head, "", *(table.markdown() for table in tables(rows))])
 
 
 def tau_tables(rows: list[Row], kind: str) -> list[Table]:
-    """tau by context and method, and the paired differences of every method to `full` and `window`."""
+    """tau by context and method, and the paired differences of every method to `full` and `window`.
+
+    Spans that were not measured everywhere, as the last one where somebody interrupted, would make cells differ by
+    more than context and method; they are left out unless there are only such.
+    """
     contexts, methods = _axes(rows)
-    spans = sorted({(row["document"], row["position"]) for row in rows})
+    rows = [row for row in rows if row["emitted"] and row["steps"]]  # an end-of-text token may leave no step
+    if not rows:
+        return []
+    found = Counter((row["document"], row["position"]) for row in rows)
+    spans = [span for span, count in found.items() if count == len(contexts) * len(methods)] or list(found)
+    left_out = f" ({len(found) - len(spans)} more, measured in part, are left out)" if len(spans) < len(found) else ""
+    rows = [row for row in rows if (row["document"], row["position"]) in spans]
     cell: dict[tuple[str, int], dict[tuple[str, int], tuple[int, int]]] = {}
     for row in rows:
         cell.setdefault((row["method"], row["context"]), {})[row["document"], row["position"]] = (
@@ -66,22 +81,55 @@ def tau_tables(rows: list[Row], kind: str) -> list[Table]:
         )  # fmt: skip
     share = statistics.mean({(r["document"], r["position"]): r["recurrence"] for r in rows}.values())
     note = (
-        f"{len(spans)} {kind} spans, nested prompts (same place and continuation); {share:.0%} of the tokens can be "
-        "copied only from beyond the draft's window. "
+        f"{len(spans)} {kind} spans{left_out}, nested prompts (same place and continuation); {share:.0%} of the tokens "
+        "can be copied only from beyond the draft's window. "
     )
     lines = [[method] + [_number(pooled_tau([*cell[method, c].values()])) if (method, c) in cell else "-"
               for c in contexts] for method in methods]  # fmt: skip
     names = [length_name(context) for context in contexts]
-    made = [Table(f"tau, {kind} spans", note + "tau counts what the target, greedy, takes.", ["method", *names], lines)]
+    made = [
+        Table(
+            f"tau, {kind} spans",
+            note + "tau counts what the target, greedy, takes." + _became(rows),
+            ["method", *names],
+            lines,
+        )
+    ]
     for base in ("full", "window"):
         others = [method for method in methods if method != base]
         if base in methods and others:
-            found = [
+            differences = [
                 [m] + [_difference(cell.get((base, c), {}), cell.get((m, c), {})) for c in contexts] for m in others
             ]
-            title = f"tau against {base}, {kind} spans"
-            made.append(Table(title, "Relative difference, paired 95 % bootstrap interval.", ["method", *names], found))
+            title, how = f"tau against {base}, {kind} spans", "Relative difference, paired 95 % bootstrap interval."
+            made.append(Table(title, how, ["method", *names], differences))
+    return made + position_tables(rows, kind)
+
+
+def position_tables(rows: list[Row], kind: str) -> list[Table]:
+    """tau by place in a long continuation, for every context length."""
+    made = []
+    contexts, methods = _axes(rows)
+    for context in contexts:
+        lines = []
+        for method in methods:
+            own = [
+                r["by_position"] for r in rows if (r["context"], r["method"]) == (context, method) if "by_position" in r
+            ]
+            parts = [[run for run in column if run[1]] for column in zip(*own, strict=True)]
+            lines.append([method, *(_number(pooled_tau(part)) if part else "-" for part in parts)])
+        most = max(len(line) for line in lines) - 1
+        if most:
+            header = ["method", *(str(BUCKET * place) for place in range(most))]
+            note = "Columns: tokens of the continuation before the rounds that are counted, up to the next column."
+            made.append(Table(f"tau by position after a prompt of {context}, {kind} spans", note, header, lines))
     return made
+
+
+def _became(rows: list[Row]) -> str:
+    """Say which methods had to run under another policy than theirs."""
+    found = {(row["method"], row["policy"]) for row in rows if row.get("policy") not in (None, "none")}
+    return "".join(f" {m} ran as {policy}." for m, policy in sorted(found) if m.split(":")[0] != policy)
 
 
 def _difference(base: dict[Any, tuple[int, int]], mine: dict[Any, tuple[int, int]]) -> str:
@@ -89,6 +137,8 @@ def _difference(base: dict[Any, tuple[int, int]], mine: dict[Any, tuple[int, int
     if not shared:
         return "-"
     found = paired_bootstrap_tau([base[key] for key in shared], [mine[key] for key in shared], relative=True)
+    if len(shared) == 1:  # an interval without width would say that this is certain
+        return f"{found.mean:+.1%}"
     return f"{found.mean:+.1%} [{found.low:+.1%}, {found.high:+.1%}]"
 
 
@@ -101,8 +151,8 @@ def speed_table(rows: list[Row]) -> Table:
             key = row["context"], row["prompt"]
             base[key] = max(base.get(key, 0.0), row["decode_tokens_per_second"])
     header = [
-        "context", "method", "prompts", "tokens/s", "ratio", "tau", "efficiency", "first token s",
-        "ms a step: draft, verify, retrieval, other", "draft cache", "distinct 4-grams", "same (largest margin)",
+        "context", "method", "prompts", "tokens/s", "ratio", "tau", "efficiency", "first token s", "ms a step",
+        "draft cache", "distinct", "same (margin)",
     ]  # fmt: skip
     lines = []
     for context in contexts:
@@ -112,8 +162,10 @@ def speed_table(rows: list[Row]) -> Table:
                 lines.append([length_name(context), method, str(len(own)), *_speed_cells(own, base)])
     note = (
         "Decode tokens/s without prefill, medians. ratio: to Hugging Face's plain decoding with the faster of its two "
-        "caches, prompt by prompt. efficiency = ratio / tau. same: outputs equal to plain greedy decoding; margin: the "
-        "target's top-1/top-2 logit distance where the others part."
+        "caches, prompt by prompt. efficiency = ratio / tau. ms a step: draft, verify, retrieval, other. draft cache: "
+        "its tokens in the end. distinct: share of 4-grams that are, low where the text loops. same: outputs equal to "
+        "plain greedy decoding; margin: the target's largest top-1/top-2 logit distance where the others part."
+        + _became(rows)
     )
     return Table("Speed", note, header, lines)
 

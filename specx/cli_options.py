@@ -13,13 +13,18 @@ DEBUG = "specx.debug"
 SPECEXTEND = "Hybrid tree attention, flash prefill and a bounded draft cache."
 
 
-def options_of(*configs: Any) -> Callable[[Any], Any]:
-    """Give a command one option for every field of the config classes; an option not given stays out of the call."""
+def options_of(*configs: Any, without: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Give a command one option for every field of the config classes; an option not given stays out of the call.
+
+    Args:
+        without: Fields that the command does not offer.
+    """
 
     def decorate(command: Any) -> Any:
         for config in reversed(configs):
             for each in reversed(fields(config)):
-                command = _option(each)(command)
+                if each.name not in without:
+                    command = _option(each)(command)
         return command
 
     return decorate

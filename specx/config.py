@@ -95,6 +95,9 @@ class CacheConfig(Checked):
         "Where the store of gather lives; on the device it grows there with the context.",
         choices=("host", "device"),
     )
+    score_heads: Literal["mean", "max"] = option(
+        "mean", "How the target's heads agree on a chunk's score.", choices=("mean", "max")
+    )
     score_layer: int | None = option(
         None, "Target layer whose attention scores the chunks. Default: the last full-attention one.", low=0
     )

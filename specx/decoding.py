@@ -14,7 +14,7 @@ from specx.draft import Draft, DraftModel
 from specx.generation import Generation, Piece
 from specx.hf import HFModel
 from specx.hf_config import end_ids, logits_processors
-from specx.retrieval import CachePolicy
+from specx.retrieval import CachePolicy, Kept
 from specx.sampling import TokenChooser
 from specx.target import Target
 from specx.tree import DraftTree
@@ -116,8 +116,9 @@ class _Request:
         if draft_model and self.policy:
             tokens = len(ids) + wanted
             rows = tokens if self.policy.name == "full" else min(tokens, self.policy.limit)
-            self.draft = draft_model.start(rows, tree.beam * tree.depth, tokens, settings.cache)
-            if rows < tokens and self.draft.refill != settings.cache.refill:
+            drops = not self.policy.fits(tokens)
+            self.draft = draft_model.start(rows, tree.beam * tree.depth, tokens if drops else 0, settings.cache)
+            if drops and self.draft.refill != settings.cache.refill:
                 out.notes.append(
                     f"refill {settings.cache.refill} became {self.draft.refill}: this draft's keys cannot be moved to "
                     "other positions by a rotation"
@@ -171,10 +172,14 @@ class _Request:
             return
         ids, keep = self.ids[: self.out.prompt_tokens], None
         if not self.policy.fits(len(ids) + 1):
-            kept = self.policy.select(self.target.chunk_scores(-1, self.policy.chunk_size), len(ids))
+            kept = self._select(self.policy, -1, len(ids))
             keep, self.kept = kept.indices, kept.chunks
         self.draft.prefill(ids, keep)
         self.draft.begin(root)
+
+    def _select(self, policy: CachePolicy, node: int, length: int) -> Kept:
+        config = self.settings.cache
+        return policy.select(self.target.chunk_scores(node, config.chunk_size, config.score_heads), length)
 
     def refresh_if_due(self) -> None:
         """Rebuild the draft's cache if the policy says so."""
@@ -185,7 +190,7 @@ class _Request:
             self.steps_since += 1
             return
         with self.out.clock("retrieval"):
-            kept = self.policy.select(self.target.chunk_scores(self.last_node, self.policy.chunk_size), length)
+            kept = self._select(self.policy, self.last_node, length)
             self.draft.refresh(kept.indices)
         self.steps_since, self.kept = 1, kept.chunks
 

@@ -70,7 +70,7 @@ class DraftModel(Protocol):
         """Start a request whose cache reaches `capacity` tokens, plus `tree_rows` rows of a growing tree.
 
         Args:
-            tokens: Prompt and new tokens together; more than `capacity` means that some will be dropped.
+            tokens: Prompt and new tokens together if some of them will be dropped, 0 if all stay cached.
             config: How dropped tokens come back (refill, store), and the sinks.
         """
         ...

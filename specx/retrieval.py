@@ -5,6 +5,7 @@ Everything here is a pure function of its arguments; a generation's state lives 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,15 @@ from specx.config import CacheConfig, TreeConfig
 
 
 def chunk_scores(
-    key: Tensor, query: Tensor, lse: Tensor, scale: float, softcap: float | None, chunk_size: int
+    key: Tensor,
+    query: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    chunk_size: int,
+    heads: Literal["mean", "max"] = "mean",
 ) -> Tensor:
-    """Score chunks of the context by one row of attention: mean weight a token, mean over heads.
+    """Score chunks of the context by one row of attention: mean weight a token, mean (or maximum) over heads.
 
     Args:
         key: Committed keys of the score layer, [G, L, D].
@@ -24,6 +31,7 @@ def chunk_scores(
         lse: Its log-sum-exp over everything it saw, float32 [H].
         scale, softcap: Of that layer.
         chunk_size: Tokens a chunk; the last one may be partial and is averaged over its own tokens.
+        heads: How the heads' scores of a chunk become one.
 
     Returns:
         float32 [C], C = ceil(L / chunk_size).
@@ -37,12 +45,14 @@ def chunk_scores(
     scores = scores.float().mul_(scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = (scores - lse.view(groups, -1, 1)).exp_().mean((0, 1))  # [L]
+    weights = (scores - lse.view(groups, -1, 1)).exp_().flatten(0, 1)  # [H, L]
+    if heads == "mean":
+        weights = weights.mean(0, keepdim=True)
     chunks = -(-length // chunk_size)
-    sums = F.pad(weights, (0, chunks * chunk_size - length)).view(chunks, chunk_size).sum(1)
-    sizes = torch.full_like(sums, chunk_size)
+    sums = F.pad(weights, (0, chunks * chunk_size - length)).unflatten(1, (chunks, chunk_size)).sum(2)
+    sizes = sums.new_full((chunks,), chunk_size)
     sizes[-1] = length - (chunks - 1) * chunk_size
-    return sums / sizes
+    return sums.amax(0) / sizes
 
 
 @dataclass(frozen=True, slots=True)

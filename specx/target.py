@@ -1,6 +1,7 @@
 """The target: the model whose output is wanted, seen as prefill, verify, keep."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Target:
         """Keep the nodes of an accepted path, root first, and drop the rest of the tree."""
         self.cache.commit(path)
 
-    def chunk_scores(self, node: int, chunk_size: int) -> Tensor | None:
+    def chunk_scores(self, node: int, chunk_size: int, heads: Literal["mean", "max"] = "mean") -> Tensor | None:
         """Score the committed context by what `node` of the last forward attended to. Call it after `keep`.
 
         Returns:
@@ -85,4 +86,4 @@ class Target:
         row = self._last.scored
         key = self.cache.keys(self.score_layer)[0]
         query, lse = row.query[:, node].to(key.device), row.lse[:, node].to(key.device)
-        return chunk_scores(key, query, lse, row.scale, row.softcap, chunk_size)
+        return chunk_scores(key, query, lse, row.scale, row.softcap, chunk_size, heads)

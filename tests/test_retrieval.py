@@ -10,20 +10,20 @@ from specx.config import CacheConfig, TreeConfig
 from specx.retrieval import CachePolicy, chunk_scores, select
 
 
-def naive_scores(key, query, lse, scale, softcap, chunk_size):
-    """Mean over heads of the mean weight of a chunk's own tokens, in Python floats."""
+def naive_scores(key, query, lse, scale, softcap, chunk_size, over_heads="mean"):
+    """Mean or maximum over heads of the mean weight of a chunk's own tokens, in Python floats."""
     heads, share = query.shape[0], query.shape[0] // key.shape[0]
     found = []
     for first in range(0, key.shape[1], chunk_size):
         tokens = range(first, min(first + chunk_size, key.shape[1]))
-        total = 0.0
+        totals = [0.0] * heads
         for head in range(heads):
             for token in tokens:
                 score = scale * float(query[head].double() @ key[head // share, token].double())
                 if softcap is not None:
                     score = softcap * math.tanh(score / softcap)
-                total += math.exp(score - float(lse[head]))
-        found.append(total / heads / len(tokens))
+                totals[head] += math.exp(score - float(lse[head])) / len(tokens)
+        found.append(max(totals) if over_heads == "max" else sum(totals) / heads)
     return torch.tensor(found)
 
 
@@ -40,6 +40,15 @@ def test_chunk_scores_equal_a_naive_loop(length, chunk_size, heads, groups, dtyp
     assert found.dtype == torch.float32
     bound = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(found, naive_scores(key, query, lse, 0.25, softcap, chunk_size), rtol=bound, atol=0)
+
+
+def test_chunk_scores_by_the_keenest_head():
+    generator = torch.Generator().manual_seed(0)
+    key, query = torch.randn(2, 20, 16, generator=generator), torch.randn(8, 16, generator=generator)
+    lse = torch.rand(8, generator=generator)
+    found = chunk_scores(key, query, lse, 0.25, None, 8, "max")
+    torch.testing.assert_close(found, naive_scores(key, query, lse, 0.25, None, 8, "max"), rtol=1e-5, atol=0)
+    assert (found > naive_scores(key, query, lse, 0.25, None, 8)).all()
 
 
 def test_chunk_scores_do_not_punish_a_partial_chunk():

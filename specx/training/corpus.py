@@ -57,22 +57,25 @@ class WindowSampler:
         self.groups = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1)  # (start, size) of each in the stream
         self.seed, self.copy_rate, self.stretch_to = seed, copy_rate, stretch_to
 
-    def batch(self, step: int, rows: int, length: int, within_group: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def batch(
+        self, step: int, rows: int, length: int, copies: int = 0, scramble: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids [rows, length + 1], positions [rows, length]), both int64.
 
-        `within_group`: each window comes from one group that is long enough, and spans recur in it for every 1024
-        tokens, so that what lies far back is worth looking at.
+        `copies` above 0 cuts each window from one group that is long enough and lets that many spans recur in it for
+        every 1024 tokens, so that what lies far back is worth looking at; a share `scramble` of them is random tokens.
         """
         rng = np.random.default_rng((self.seed, step))
-        if within_group:
+        if copies:
             starts = self._starts_within(rng, rows, length)
         else:
             starts = rng.integers(0, len(self.stream) - length - 1, rows)
         ids = np.stack([self.stream[s : s + length + 1].astype(np.int64) for s in starts])
         positions = np.tile(np.arange(length), (rows, 1))
         for row in range(rows):
-            if within_group or rng.random() < self.copy_rate:
-                self._copy_spans(ids[row], rng, length // 1024 if within_group else int(rng.integers(1, 5)))
+            if copies or rng.random() < self.copy_rate:
+                times = copies * length // 1024 if copies else int(rng.integers(1, 5))
+                self._copy_spans(ids[row], rng, times, scramble)
             if self.stretch_to > 2 * length and rng.random() < 0.5:
                 self._stretch(positions[row], rng)
         return ids, positions
@@ -84,12 +87,14 @@ class WindowSampler:
         chosen = fitting[rng.integers(0, len(fitting), rows)]
         return chosen[:, 0] + rng.integers(0, chosen[:, 1] - length)
 
-    def _copy_spans(self, ids: np.ndarray, rng: np.random.Generator, times: int) -> None:
+    def _copy_spans(self, ids: np.ndarray, rng: np.random.Generator, times: int, scramble: float) -> None:
         length = len(ids)
         for _ in range(times):
             span = int(rng.integers(16, min(192, length // 3)))
             source = int(rng.integers(0, length - 2 * span))
             target = int(rng.integers(source + span, length - span + 1))
+            if scramble and rng.random() < scramble:
+                ids[source : source + span] = rng.choice(self.stream, span)
             copied = ids[source : source + span].copy()
             for old in rng.choice(copied, int(rng.integers(0, 3))):
                 copied[copied == old] = rng.choice(ids)

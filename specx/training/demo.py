@@ -42,6 +42,9 @@ class Recipe:
     long_length: int = 0
     long_tail: int = 0  # long windows after that, at a fifth of the learning rate falling to zero
     long_within: bool = False  # long windows are cut from one group of files, with a copied span every 1024 tokens
+    copies: int = 0  # copied spans every 1024 tokens of every window, each window cut from one group of files
+    scramble: float = 0.0  # share of copied spans of random tokens, which nothing but copying predicts
+    until: int | None = None  # tokens after which the run was ended although its schedule goes on
     distill: bool = False  # learn the finished target's distribution instead of the text's next token
     seed: int = 0
     common: dict[str, Any] = field(
@@ -103,7 +106,19 @@ RECIPES = {
             long_share=0.06,
             long_tail=60,
             long_within=True,
+            until=4_882_432,
             seed=1,
+        ),
+        replace(
+            TARGET,
+            tokens=3_200_000,
+            learning_rate=1.2e-3,
+            phases=((1.0, 1, 4096),),
+            long_share=0.12,
+            long_tail=0,
+            copies=4,
+            scramble=0.15,
+            seed=2,
         ),
     ),
     "draft": (
@@ -145,14 +160,15 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 
 def batches(recipe: Recipe, sampler: WindowSampler, step: int, done: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (ids, positions) from `step` on until the recipe's tokens are used up."""
-    while done < recipe.tokens + recipe.long_tail * recipe.long_length:
+    while done < (recipe.until or recipe.tokens + recipe.long_tail * recipe.long_length):
         share = min(done / recipe.tokens, 0.999)
         rows, length = next((rows, length) for end, rows, length in recipe.phases if share < end)
         every = round(0.3 / recipe.long_share * recipe.long_length / (rows * length)) if recipe.long_share else 0
         long = every and (done >= recipe.tokens or (share > 0.7 and step % every == 0))
         if long:
             rows, length = 1, recipe.long_length
-        yield sampler.batch(step, rows, length, within_group=bool(long) and recipe.long_within)
+        copies = recipe.copies or int(bool(long) and recipe.long_within)
+        yield sampler.batch(step, rows, length, copies, recipe.scramble)
         step, done = step + 1, done + rows * length
 
 
