@@ -51,7 +51,7 @@ class ClassicModel:
 
     def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> "ClassicDraft":
         """Start a request; see `draft.DraftModel`."""
-        rotation = self.rotation(capacity) if config.refill == "gather" and tokens else None
+        rotation = self.rotation(capacity) if config.refill != "recompute" and tokens else None
         store = KeyValueStore(tokens, rotation, config.store == "device") if rotation else None
         return ClassicDraft(self, capacity, tree_rows, store, config.sinks)
 

@@ -84,10 +84,10 @@ class CacheConfig(Checked):
     recent: int | None = option(
         None, "Newest tokens always kept. Default: all that fits (window), half of draft_context (retrieval).", low=1
     )
-    refill: Literal["gather", "recompute"] = option(
-        "recompute",
+    refill: Literal["gather", "recompute"] | None = option(
+        None,
         "How kept tokens get their keys and values: recompute runs them through the draft again; gather fetches them "
-        "from a store of all tokens and turns them to their new positions.",
+        "from a store of all tokens and turns them to their new positions. Default: gather where the draft's keys can.",
         choices=("gather", "recompute"),
     )
     store: Literal["host", "device"] = option(
@@ -99,7 +99,9 @@ class CacheConfig(Checked):
         "mean", "How the target's heads agree on a chunk's score.", choices=("mean", "max")
     )
     score_layer: int | None = option(
-        None, "Target layer whose attention scores the chunks. Default: the last full-attention one.", low=0
+        None,
+        "Target layer whose attention scores the chunks. Default: the full-attention one nearest to 3/4 of the depth.",
+        low=0,
     )
 
 

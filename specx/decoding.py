@@ -118,10 +118,9 @@ class _Request:
             rows = tokens if self.policy.name == "full" else min(tokens, self.policy.limit)
             drops = not self.policy.fits(tokens)
             self.draft = draft_model.start(rows, tree.beam * tree.depth, tokens if drops else 0, settings.cache)
-            if drops and self.draft.refill != settings.cache.refill:
+            if drops and settings.cache.refill == "gather" != self.draft.refill:
                 out.notes.append(
-                    f"refill {settings.cache.refill} became {self.draft.refill}: this draft's keys cannot be moved to "
-                    "other positions by a rotation"
+                    f"refill gather became {self.draft.refill}: this draft's keys cannot be moved to other positions"
                 )
         self.controller = FixedController(tree if draft_model else None)
         processors = logits_processors(model.model, settings.sampling, ids, wanted)

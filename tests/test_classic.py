@@ -22,7 +22,7 @@ def adapter(tiny):
 
 def prefilled(adapter, tokens, keep=None):
     """A draft that has seen nothing but these tokens, the last of them as root."""
-    draft = adapter.start(1000, 50, 1000, CacheConfig())
+    draft = adapter.start(1000, 50, 0, CacheConfig())
     draft.prefill(torch.tensor(tokens[:-1]), keep)
     draft.begin(tokens[-1])
     return draft
