@@ -45,6 +45,8 @@ class Recipe:
     copies: int = 0  # copied spans every 1024 tokens of every window, each window cut from one group of files
     scramble: float = 0.0  # share of copied spans of random tokens, which nothing but copying predicts
     until: int | None = None  # tokens after which the run was ended although its schedule goes on
+    sharpen: float = 1.0  # scales the queries as the run begins: attention over many keys is spread too thin
+    loss_from: int = 0  # tokens of each window that are only read
     distill: bool = False  # learn the finished target's distribution instead of the text's next token
     seed: int = 0
     common: dict[str, Any] = field(
@@ -94,7 +96,8 @@ DRAFT = Recipe(
     copy_rate=0.4,
 )
 
-# Later runs go on from the weights of the one before: warmed up again, with other windows.
+# Later runs go on from the weights of the one before: warmed up again, with other windows. The bundled draft was
+# distilled from the target as it was after its third run.
 RECIPES = {
     "target": (
         TARGET,
@@ -139,6 +142,18 @@ RECIPES = {
             long_tail=0,
             copies=2,
             seed=4,
+        ),
+        replace(
+            TARGET,
+            tokens=40 * 13312,
+            learning_rate=5e-4,
+            phases=((1.0, 1, 13312),),
+            long_share=0.0,
+            long_tail=0,
+            copies=1,
+            sharpen=1.1,
+            loss_from=2048,
+            seed=5,
         ),
     ),
     "draft": (
@@ -225,15 +240,17 @@ class Trainer:
         """Take up a run of the model's training: where it was left, or at its start."""
         if run > self.run:
             self.run, self.steps, self.tokens = run, 0, 0
+            for layer in self.model.model.layers:
+                layer.self_attn.q_proj.weight.data *= recipe.sharpen
         self.recipe = recipe
 
     def loss(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Mean next-token loss in nats, or the cross entropy against the teacher's distribution."""
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
             hidden = self.model.model(tokens[:, :-1], position_ids=positions, use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden).float().flatten(0, 1)
+            logits = self.model.lm_head(hidden[:, self.recipe.loss_from :]).float().flatten(0, 1)
             if not self.recipe.distill:
-                return F.cross_entropy(logits, tokens[:, 1:].flatten())
+                return F.cross_entropy(logits, tokens[:, 1 + self.recipe.loss_from :].flatten())
             assert self.teacher is not None
             with torch.no_grad():
                 wanted = self.teacher(tokens[:, :-1], position_ids=positions, use_cache=False).logits
