@@ -190,6 +190,10 @@ class LoadConfig(Checked):
     hybrid_attention: bool | None = field(
         default=None, metadata={"help": "Trees by hybrid tree attention. Default: as --use-specextend."}
     )
+    pack_weights: bool | None = field(
+        default=None,
+        metadata={"help": "Copy bfloat16 weights into the layout that a CPU computes with. Default: up to 1 GiB."},
+    )
     quantization: str | None = option(None, "Of the target (needs bitsandbytes).", choices=("4bit", "8bit"))
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings."})
 

@@ -21,6 +21,7 @@ from specx import attention
 from specx.cache import TreeCache
 from specx.hf_attention import IMPLEMENTATION, Call, ScoredRows
 from specx.hf_config import positions_of
+from specx.packed import PackedLinears
 
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
@@ -51,13 +52,19 @@ class HFModel:
         backend: "auto" or a backend of `specx.attention`.
         hybrid: False: one dense mask instead of hybrid tree attention (for ablation).
         flash_prefill: False: the same for the chunks of a prefill.
+        pack_weights: Whether a copy of the weights is laid out for fast products; see `packed.PackedLinears`.
 
     Raises:
         ValueError: If the model cannot be enhanced; the message says why.
     """
 
     def __init__(
-        self, model: PreTrainedModel, backend: str = "auto", hybrid: bool = True, flash_prefill: bool = True
+        self,
+        model: PreTrainedModel,
+        backend: str = "auto",
+        hybrid: bool = True,
+        flash_prefill: bool = True,
+        pack_weights: bool | None = None,
     ) -> None:
         self.model, self.hybrid, self.flash_prefill = model, hybrid, flash_prefill
         self.config = model.config.get_text_config(decoder=True)
@@ -74,6 +81,7 @@ class HFModel:
         reason = refusal(model)
         if reason:
             raise ValueError(f"{type(model).__name__} cannot be enhanced: {reason}")
+        self.packed = PackedLinears(model, pack_weights)
         if model not in _checked:
             self_check(self)
             _checked.add(model)
@@ -146,7 +154,13 @@ class HFModel:
         flash = self.flash_prefill if mask is None else self.hybrid
         call = Call(cache.committed, positions, mask, tail, self.backend, not flash, score_layer)
         options = {"logits_to_keep": keep_logits} if keep_logits is not None and self._keeps_logits else {}
-        with torch.no_grad(), self._enabled(call), self._rotated_for(context), self._tapped(taps) as features:
+        with (
+            torch.no_grad(),
+            self._enabled(call),
+            self.packed.enabled(),
+            self._rotated_for(context),
+            self._tapped(taps) as features,
+        ):
             out = self.model(
                 input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True, **options
             )

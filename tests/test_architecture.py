@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"config", "tree"},
     {"attention", "kernels", "cache", "retrieval", "acceptance"},
-    {"hf_attention", "hf_config"},
+    {"hf_attention", "hf_config", "packed"},
     {"sampling", "hf", "text"},
     {"target", "draft", "rotary"},
     {"controller", "store", "generation"},
