@@ -7,22 +7,23 @@ are merged exactly.
 Layout here is always [B, H, T, D] (Hugging Face's); a backend that wants another one transposes inside itself.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# A masked score must stay finite: flash kernels return lse 0, not -inf, for a row whose scores are all -inf.
-MASKED = {dtype: torch.finfo(dtype).min for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-_BLOCK_ELEMENTS = 1 << 25  # scores that the reference materialises at once
+from specx.backends import BACKENDS, DEVICE_OF, MASKED, WHY, additive, reference, trouble_with
 
-Attend = Callable[..., tuple[Tensor, Tensor]]
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a bool mask (True: may look) into a bias of 0 and the dtype's lowest number, of the same shape."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, MASKED[dtype])
+__all__ = [
+    "BACKENDS",
+    "MASKED",
+    "additive",
+    "attend",
+    "choose_backend",
+    "hybrid_tree_attention",
+    "merge_states",
+    "reference",
+]
 
 
 def attend(
@@ -117,86 +118,8 @@ def hybrid_tree_attention(
     return merge_states(*past, *tail)
 
 
-def reference(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, causal: bool, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Plain matrix products, any dtype and device: the truth that the other backends are tested against.
-
-    Works through blocks of query rows, so that memory stays bounded for long prefills.
-    """
-    rows, keys, heads = query.shape[2], key.shape[2], query.shape[1]
-    block = max(1, _BLOCK_ELEMENTS // (heads * keys))
-    if block >= rows:
-        return _reference_block(query, key, value, scale, _bias_rows(bias, causal, 0, rows, keys, query), softcap)
-    parts = []
-    for first in range(0, rows, block):
-        last = min(first + block, rows)
-        own = _bias_rows(bias, causal, first, last, keys, query)
-        parts.append(_reference_block(query[:, :, first:last], key, value, scale, own, softcap))
-    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
-
-
-def _bias_rows(bias: Tensor | None, causal: bool, first: int, last: int, keys: int, like: Tensor) -> Tensor | None:
-    if causal:
-        seen = torch.ones(last - first, keys, dtype=torch.bool, device=like.device).tril(first)
-        return additive(seen, like.dtype)
-    return None if bias is None else bias[first:last]
-
-
-def _reference_block(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    batch, heads, rows, dim = query.shape
-    groups = key.shape[1]
-    wide = query.dtype if query.dtype == torch.float64 else torch.float32
-    packed = query.reshape(batch, groups, heads // groups * rows, dim).to(wide)  # GQA without repeating keys
-    scores = torch.matmul(packed, key.to(wide).transpose(-1, -2)).mul_(scale)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(batch, heads, rows, -1)
-    if bias is not None:
-        scores = scores + bias.to(wide)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp_().view(batch, groups, heads // groups * rows, -1)
-    out = torch.matmul(weights, value.to(wide)).view(batch, heads, rows, -1)
-    return out.to(query.dtype), lse if wide == torch.float64 else lse.float()
-
-
-def cpu_flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, causal: bool, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's CPU flash kernel, which returns its log-sum-exp. Falls back to `reference` where the kernel cannot.
-
-    It knows no softcap and only equal key and value dims. Query heads that share keys are packed as extra rows where
-    that is faster (measured: several rows, or float32).
-    """
-    batch, heads, rows, dim = query.shape
-    groups = key.shape[1]
-    if softcap is not None or dim != value.shape[3]:
-        return reference(query, key, value, scale, bias, causal, softcap)
-    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    packs = heads != groups and not causal and (rows > 1 or query.dtype == torch.float32)
-    if not packs or (bias is not None and rows > 256):
-        out, lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
-        return out, lse
-    share = heads // groups
-    packed = query.reshape(batch, groups, share * rows, dim)
-    repeated = None if bias is None else bias.repeat(share, 1)
-    out, lse = flash(packed, key, value, 0.0, False, attn_mask=repeated, scale=scale)
-    return out.reshape(batch, heads, rows, dim), lse.reshape(batch, heads, rows)
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    """The kernel reads wrong memory, silently, where the last stride is not 1."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-BACKENDS: dict[str, Attend] = {"reference": reference, "cpu": cpu_flash}
-
-
 def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
-    """Return the backend's name and, in words, why.
+    """Return the backend's name and, in words, why. On CUDA each is tried on small inputs before it is taken.
 
     Args:
         name: "auto" or a name in `BACKENDS`.
@@ -205,13 +128,22 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
     Raises:
         ValueError: If the named backend cannot run on `device`.
     """
-    has_flash = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-    if name == "cpu" and (device.type != "cpu" or not has_flash):
-        raise ValueError(f"backend cpu needs a CPU device and a torch with CPU flash attention; the device is {device}")
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
+    kind = DEVICE_OF.get(name)
+    if kind is not None:
+        if device.type != kind:
+            raise ValueError(f"backend {name} needs a {kind.upper()} device; the device is {device}")
+        trouble = trouble_with(name, device)
+        if trouble:
+            raise ValueError(f"backend {name} cannot be used: {trouble}")
     if name != "auto":
         return name, "asked for"
-    if device.type == "cpu" and has_flash:
-        return "cpu", "flash attention with log-sum-exp on the CPU"
-    return "reference", f"no flash kernel of ours for {device.type} yet: plain matrix products"
+    reasons: list[str] = []
+    for each, runs_on in DEVICE_OF.items():
+        if runs_on == device.type:
+            trouble = trouble_with(each, device)
+            if trouble is None:
+                return each, "; ".join([WHY[each], *reasons])
+            reasons.append(f"not {each}: {trouble}")
+    return "reference", "; ".join([f"plain matrix products, for there is no flash kernel for {device.type}", *reasons])

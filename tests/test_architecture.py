@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports its own layer and those before it.
 LAYERS = [
     {"config", "tree"},
-    {"attention", "kernels", "cache", "retrieval", "acceptance"},
+    {"backends", "kernels", "cache", "retrieval", "acceptance"},
+    {"attention"},
     {"hf_attention", "hf_config", "packed"},
     {"sampling", "hf", "text"},
     {"target", "draft", "rotary"},

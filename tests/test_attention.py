@@ -6,10 +6,12 @@ import random
 import pytest
 import torch
 
-from specx import attention
+from specx import attention, backends
 from specx.attention import MASKED, additive, attend, choose_backend, hybrid_tree_attention, merge_states
 
-BACKEND = pytest.mark.parametrize("backend", list(attention.BACKENDS))
+BACKEND = pytest.mark.parametrize(
+    "backend", [name for name in attention.BACKENDS if attention.DEVICE_OF.get(name, "cpu") == "cpu"]
+)
 SEEDS = pytest.mark.parametrize("seed", range(10))
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
 
@@ -161,7 +163,7 @@ def test_large_scores_do_not_overflow(backend):
 
 
 def test_reference_works_in_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", 4 * 33 * 10)  # ten rows at once
+    monkeypatch.setattr(backends, "_BLOCK_ELEMENTS", 4 * 33 * 10)  # ten rows at once
     query, key, value = inputs(33, 33)
     causal = torch.ones(33, 33).tril().bool()
     assert_same(attend(query, key, value, scale=0.2, causal=True), dense(query, key, value, 0.2, causal))
@@ -352,10 +354,54 @@ def test_choice_of_backend(name, device, chosen):
 
 
 def test_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"one of auto, reference, cpu.*got 'flush'"):
+    with pytest.raises(ValueError, match=r"one of auto, reference, cpu, torch, flash; got 'flush'"):
         choose_backend("flush", torch.device("cpu"))
 
 
 def test_cpu_backend_needs_a_cpu():
     with pytest.raises(ValueError, match="needs a CPU device"):
         choose_backend("cpu", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+def test_cuda_backends_need_a_gpu(backend):
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        choose_backend(backend, torch.device("cpu"))
+
+
+def stand_in_for_flash(monkeypatch, lse_of=lambda lse: lse):
+    """Let PyTorch's CUDA flash op be one that computes its contract on a CPU: layout [B, T, H, D], lse [B, H, T]."""
+
+    def op(query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
+        assert (cu_q, cu_k, max_q, max_k, dropout, debug) == (None, None, query.shape[1], key.shape[1], 0.0, False)
+        inputs = (each.transpose(1, 2) for each in (query, key, value))
+        out, lse = backends.reference(*inputs, scale, None, causal, None)
+        return out.transpose(1, 2), lse_of(lse), None, None, None
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op)
+    monkeypatch.setattr(backends, "_fits", lambda query, key, value, bias: bias is None)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_flash_is_called_in_its_own_layout(monkeypatch, causal):
+    stand_in_for_flash(monkeypatch)
+    query, key, value = inputs(6, 6)
+    found = attend(query, key, value, scale=0.3, causal=causal, backend="torch")
+    truth = attend(query, key, value, scale=0.3, causal=causal)
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize(
+    ("lse_of", "said"),
+    [(lambda lse: lse.transpose(1, 2), "shape"), (lambda lse: lse / 0.6931, "off by"), (None, "TypeError")],
+    ids=["transposed", "base 2", "broken"],
+)
+def test_a_flash_kernel_of_another_contract_is_found_out(monkeypatch, lse_of, said):
+    assert backends.trouble_with("torch", torch.device("cpu")) is None
+    stand_in_for_flash(monkeypatch, lse_of)
+    assert said in backends.trouble_with("torch", torch.device("cpu"))
+
+
+def test_why_flash_attn_is_not_taken(monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert "not installed" in backends.trouble_with("flash", torch.device("cpu"))
