@@ -269,7 +269,7 @@ def _check_tokenizer(target: Any, draft: Any | None, name: str) -> None:
 
 def _enhanced(model: PreTrainedModel, config: LoadConfig, specextend: bool) -> HFModel:
     hybrid, flash = (specextend if it is None else it for it in (config.hybrid_attention, config.flash_prefill))
-    return HFModel(model, config.backend, hybrid, flash, config.pack_weights)
+    return HFModel(model, config.backend, hybrid, flash, config.pack_weights, config.graphs)
 
 
 def _classic(

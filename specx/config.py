@@ -194,6 +194,10 @@ class LoadConfig(Checked):
         default=None,
         metadata={"help": "Copy bfloat16 weights into the layout that a CPU computes with. Default: up to 1 GiB."},
     )
+    graphs: bool | None = field(
+        default=None,
+        metadata={"help": "Steps of static shapes, captured as CUDA graphs. Default: on CUDA, where they can be."},
+    )
     quantization: str | None = option(None, "Of the target (needs bitsandbytes).", choices=("4bit", "8bit"))
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings."})
 

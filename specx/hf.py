@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specx import attention
-from specx.cache import TreeCache
+from specx.cache import Memory, TreeCache
 from specx.hf_attention import IMPLEMENTATION, Call, ScoredRows
+from specx.hf_check import refusal, rope_types, self_check, static_trouble
 from specx.hf_config import positions_of
 from specx.packed import PackedLinears
+from specx.static import BUCKETS, StaticAttend, StaticCall, StaticSteps, masked_attention
 
-_SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "attention"}
+_STATIC_ROWS = 64  # more rows are a prefill, which is not worth a graph
 _checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
 
 
@@ -53,6 +55,7 @@ class HFModel:
         hybrid: False: one dense mask instead of hybrid tree attention (for ablation).
         flash_prefill: False: the same for the chunks of a prefill.
         pack_weights: Whether a copy of the weights is laid out for fast products; see `packed.PackedLinears`.
+        graphs: Whether steps run with static shapes, which CUDA graphs can capture; None: where that is worth it.
 
     Raises:
         ValueError: If the model cannot be enhanced; the message says why.
@@ -65,6 +68,7 @@ class HFModel:
         hybrid: bool = True,
         flash_prefill: bool = True,
         pack_weights: bool | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.model, self.hybrid, self.flash_prefill = model, hybrid, flash_prefill
         self.config = model.config.get_text_config(decoder=True)
@@ -77,11 +81,14 @@ class HFModel:
         configs = [model.config, *parts, self.config, *(getattr(m, "config", None) for m in self._attentions)]
         self._configs = list({id(each): each for each in configs if each is not None}.values())
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._longropes = [m for m in model.modules() if "longrope" in _rope_types(m)]
+        self._longropes = [m for m in model.modules() if "longrope" in rope_types(m)]
         reason = refusal(model)
         if reason:
             raise ValueError(f"{type(model).__name__} cannot be enhanced: {reason}")
         self.packed = PackedLinears(model, pack_weights)
+        self.no_graphs = "not asked for" if graphs is False else static_trouble(self, asked=graphs is True)
+        self._steps: weakref.WeakKeyDictionary[TreeCache, StaticSteps] = weakref.WeakKeyDictionary()
+        self._spare: tuple[Memory, StaticSteps] | None = None
         if model not in _checked:
             self_check(self)
             _checked.add(model)
@@ -97,9 +104,22 @@ class HFModel:
         return getattr(self.config, "max_position_embeddings", None)
 
     def new_cache(self, capacity: int) -> TreeCache:
-        """Return an empty cache for this model with room for `capacity` rows."""
-        spread = len(set(getattr(self.model, "hf_device_map", {}).values())) > 1
-        return TreeCache(self.config.num_hidden_layers, capacity, one_block=not spread)
+        """Return an empty cache for this model with room for `capacity` rows.
+
+        With static steps its memory, and the graphs captured over it, come from the last cache that is no more.
+        """
+        layers, one_block = self.config.num_hidden_layers, len(self.devices()) == 1
+        if self.no_graphs:
+            return TreeCache(layers, capacity, one_block)
+        capacity = max(1024, 1 << (capacity + BUCKETS[-1] - 1).bit_length())
+        memory, steps = self._spare or (Memory(), StaticSteps(self._run_static, self._static_kernel()))
+        self._spare = None
+        if any(pair[0].shape[3] != capacity for pair in memory.blocks):
+            memory, steps = Memory(), StaticSteps(self._run_static, self._static_kernel())
+        cache = TreeCache(layers, capacity, one_block, memory)
+        self._steps[cache] = steps
+        weakref.finalize(cache, setattr, self, "_spare", (memory, steps))
+        return cache
 
     @property
     def rope_border(self) -> int | None:
@@ -151,8 +171,24 @@ class HFModel:
             context: Length of the prompt that these tokens are a chunk of; 0: they are no part of a longer one.
         """
         tail = positions if tail_positions is None else tail_positions
+        if not self.no_graphs and len(ids) <= _STATIC_ROWS and cache in self._steps:
+            return self._static(ids, positions, cache, mask, tail, keep_logits, tuple(taps), score_layer)
         flash = self.flash_prefill if mask is None else self.hybrid
         call = Call(cache.committed, positions, mask, tail, self.backend, not flash, score_layer)
+        logits, features = self._run(ids, positions, cache, call, keep_logits, taps, context)
+        cache.advance(ids.shape[0])
+        return Output(logits.to(self.device), features, call.scored, call.windows)
+
+    def _run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: TreeCache,
+        call: Call | StaticCall,
+        keep_logits: int | None,
+        taps: Sequence[int],
+        context: int,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         options = {"logits_to_keep": keep_logits} if keep_logits is not None and self._keeps_logits else {}
         with (
             torch.no_grad(),
@@ -164,12 +200,41 @@ class HFModel:
             out = self.model(
                 input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True, **options
             )
-        cache.advance(ids.shape[0])
-        logits = out.logits[0] if keep_logits is None else out.logits[0, -keep_logits:]
-        return Output(logits.to(self.device), features, call.scored, call.windows)
+        return out.logits[0] if keep_logits is None else out.logits[0, -keep_logits:], features
+
+    def _static(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: TreeCache,
+        mask: Tensor | None,
+        tail: Tensor,
+        keep_logits: int | None,
+        taps: tuple[int, ...],
+        score_layer: int | None,
+    ) -> Output:
+        rows = len(ids)
+        seen = torch.ones(rows, rows, dtype=torch.bool, device=ids.device).tril() if mask is None else mask
+        step = self._steps[cache].run(cache, ids, positions, seen, tail, taps, score_layer)
+        cache.advance(rows)
+        logits = step.logits[:rows] if keep_logits is None else step.logits[rows - keep_logits : rows]
+        features = {layer: each[:rows] for layer, each in step.features.items()}
+        return Output(logits, features, step.scored, step.windows)
+
+    def _run_static(
+        self, cache: TreeCache, ids: Tensor, positions: Tensor, taps: tuple[int, ...], call: StaticCall
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        return self._run(ids, positions, cache, call, None, taps, 0)
+
+    def _static_kernel(self) -> StaticAttend:
+        return masked_attention
+
+    def devices(self) -> set[Any]:
+        """Return the devices that the model lies on."""
+        return set(getattr(self.model, "hf_device_map", {}).values()) or {self.device}
 
     @contextmanager
-    def _enabled(self, call: Call) -> Iterator[None]:
+    def _enabled(self, call: Call | StaticCall) -> Iterator[None]:
         before = [config._attn_implementation for config in self._configs]
         try:
             for config in self._configs:
@@ -226,65 +291,3 @@ class HFModel:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def refusal(model: PreTrainedModel) -> str | None:
-    """Return why a model cannot run trees, judged by its class and config alone; None if nothing speaks against it."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS
-    if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder model"
-    if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
-        return "its layers do not use transformers' attention interface"
-    if getattr(model, "_is_stateful", False):
-        return "its layers carry a state that cannot branch into a tree"
-    if kinds:
-        return f"its layers of type {', '.join(sorted(kinds))} cannot run a tree"
-    if getattr(config, "attention_chunk_size", None):
-        return "its chunked attention is held only in a mask"
-    if model.get_output_embeddings() is None:
-        return "it has no language model head"
-    if model.training:
-        return "it is in training mode: call model.eval() first"
-    return None
-
-
-def _rope_types(module: nn.Module) -> set[str]:
-    """Return the kinds of rotary embedding that a module computes: one, or one for each type of layer."""
-    kinds = getattr(module, "rope_type", None)
-    return {kinds} if isinstance(kinds, str) else set(kinds.values()) if isinstance(kinds, dict) else set()
-
-
-def self_check(wrapped: HFModel) -> None:
-    """Run a 4-node tree on random ids and compare it with the model's own forward along each path.
-
-    Raises:
-        ValueError: Saying what disagreed, if the model cannot be enhanced.
-    """
-    model, device = wrapped.model, wrapped.device
-    name = type(model).__name__
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, wrapped.vocab_size, (10,), generator=generator).to(device)
-    prompt, nodes = ids[:6], ids[6:]  # node 0 is the root; 1 and 2 its children; 3 a child of 1
-    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool, device=device)
-    cache = wrapped.new_cache(16)
-    wrapped.forward(prompt, torch.arange(6, device=device), cache, keep_logits=1)
-    cache.commit(range(6))
-    out = wrapped.forward(nodes, torch.tensor([6, 7, 7, 8], device=device), cache, mask=mask)
-    tree = out.logits
-    seen, total = len(out.windows), wrapped.config.num_hidden_layers
-    if seen != total:
-        raise ValueError(f"{name} cannot be enhanced: {seen} of its {total} layers use the attention interface")
-    for layer, window in out.windows.items():
-        # These few tokens fit most windows, so that no logits would tell.
-        if window is None and wrapped.window(layer) is not None:
-            raise ValueError(f"{name} cannot be enhanced: the sliding window of layer {layer} is held only in a mask")
-    with torch.no_grad():
-        for path in ([0, 1, 3], [0, 2]):
-            own = model(input_ids=torch.cat([prompt, nodes[path]])[None], use_cache=False).logits[0, -len(path) :]
-            if own.isnan().any():
-                raise ValueError(f"{name} cannot be enhanced: its own logits are not numbers (NaN)")
-            error = (own.to(device) - tree[path]).abs().max().item()
-            allowed = (1e-3 if own.dtype == torch.float32 else 0.1) * max(1.0, own.abs().max().item())
-            if not error <= allowed:
-                raise ValueError(f"{name} cannot be enhanced: a tree's logits differ by {error:.2g} from its own")

@@ -125,7 +125,7 @@ def specx_attention(
     Raises:
         ValueError: If the layer brings a mask, which would be ignored.
     """
-    call: Call | None = getattr(module, "_specx_call", None)
+    call: Any = getattr(module, "_specx_call", None)  # a Call or a static.StaticCall
     if call is None:
         raise RuntimeError("the specx attention runs only inside specx; set another attn_implementation on this model")
     if attention_mask is not None:
