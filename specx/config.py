@@ -79,10 +79,12 @@ class CacheConfig(Checked):
     )
     chunk_size: int = option(32, "Tokens of a chunk that retrieval keeps or drops.", low=1)
     top_chunks: int = option(32, "Chunks that retrieval keeps at most.", low=0)
-    retrieve_every: int = option(4, "Verification steps between two retrievals.", low=1)
+    retrieve_every: int = option(2, "Verification steps between two retrievals.", low=1)
     sinks: int = option(4, "First tokens of the context that are always kept.", low=0)
     recent: int | None = option(
-        None, "Newest tokens always kept. Default: all that fits (window), half of draft_context (retrieval).", low=1
+        None,
+        "Newest tokens always kept. Default: all that fits (window), a quarter and what chunks leave (retrieval).",
+        low=1,
     )
     refill: Literal["gather", "recompute"] | None = option(
         None,

@@ -123,7 +123,9 @@ class CachePolicy:
                 f"draft_context {draft_context} has no room for {config.sinks} sinks and {slack} positions of new "
                 f"tokens and tree; lower depth, retrieve_every or sinks, or raise draft_context"
             )
-        recent = min(config.recent or (draft_context // 2 if scored else room), room)
+        # A quarter for recent tokens did best on the bundled pair, and they take what the chunks leave.
+        spare = max(draft_context // 4, room - config.top_chunks * config.chunk_size) if scored else room
+        recent = min(config.recent or spare, room)
         chunks = min(config.top_chunks, (room - recent) // config.chunk_size) if scored else 0
         limit = min(draft_context, config.sinks + recent + chunks * config.chunk_size + slack)
         if name == "auto":

@@ -218,9 +218,12 @@ def test_full_is_never_due_and_always_fits():
 
 def test_budget_by_hand():
     # depth 4: a round adds up to 6; reach 12, and 4 rounds between two retrievals 24: 36 kept free
-    policy = CachePolicy.plan("retrieval", CacheConfig(), TreeConfig(depth=4), 1024)
-    assert (policy.sinks, policy.recent, policy.top_chunks) == (4, 512, (1024 - 4 - 36 - 512) // 32)
-    assert policy.limit == 4 + 512 + 14 * 32 + 36
+    config = CacheConfig(retrieve_every=4)
+    policy = CachePolicy.plan("retrieval", config, TreeConfig(depth=4), 1024)
+    assert (policy.sinks, policy.recent, policy.top_chunks) == (4, 256, (1024 - 4 - 36 - 256) // 32)
+    assert policy.limit == 4 + 256 + 22 * 32 + 36
+    wide = CachePolicy.plan("retrieval", config, TreeConfig(depth=4), 4096)  # 32 chunks leave the rest to recent tokens
+    assert (wide.recent, wide.top_chunks, wide.limit) == (4096 - 4 - 36 - 1024, 32, 4096)
     window = CachePolicy.plan("window", CacheConfig(), TreeConfig(depth=4), 1024)
     assert (window.recent, window.top_chunks, window.limit) == (1024 - 4 - 128, 0, 1024)
 
