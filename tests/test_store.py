@@ -472,7 +472,7 @@ def test_a_switch_in_mid_generation(tiny, prompt_of, store, monkeypatch):
         assert_rows_are(draft.model, draft.cache, draft._ids[keep[: draft.cached]])
 
     monkeypatch.setattr(ClassicDraft, "refresh", checked)
-    options = {"policy": "auto", "refill": "gather", "store": store, "chunk_size": 8, "retrieve_every": 3}
+    options = {"policy": "auto", "refill": "gather", "store": store, "chunk_size": 8, "retrieve_every": 3, "recent": 48}
     out = model.generate(prompt_of(20), max_new_tokens=120, trace=True, **options)
     assert_same(tiny, prompt_of(20), out.tokens, own_tokens(tiny, prompt_of(20), 120))
     assert out.stats["refill"] == "gather"
