@@ -23,7 +23,7 @@ from specx.hf_attention import IMPLEMENTATION, Call, ScoredRows
 from specx.hf_check import refusal, rope_types, self_check, static_trouble
 from specx.hf_config import positions_of
 from specx.packed import PackedLinears
-from specx.static import BUCKETS, StaticAttend, StaticCall, StaticSteps, masked_attention
+from specx.static import BUCKETS, PLAIN, Kernel, StaticCall, StaticSteps
 
 _STATIC_ROWS = 64  # more rows are a prefill, which is not worth a graph
 _checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
@@ -226,8 +226,8 @@ class HFModel:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         return self._run(ids, positions, cache, call, None, taps, 0)
 
-    def _static_kernel(self) -> StaticAttend:
-        return masked_attention
+    def _static_kernel(self) -> Kernel:
+        return PLAIN
 
     def devices(self) -> set[Any]:
         """Return the devices that the model lies on."""

@@ -19,8 +19,19 @@ from specx.hf_attention import ScoredRows
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows are padded to the next of these
 
-# (query, key, value, length, mask, *, scale, positions, window, softcap) -> (out, lse)
-StaticAttend = Callable[..., tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Attention over whole buffers.
+
+    Attributes:
+        prepare: Brings a mask, bool [T, P], into the kernel's form; once a forward, not once a layer.
+        attend: (query, key, value, length, prepared mask, tail rows P, *, scale, positions, window, softcap)
+            -> (out, lse); see `masked_attention`.
+    """
+
+    prepare: Callable[[Tensor], Tensor]
+    attend: Callable[..., tuple[Tensor, Tensor]]
 
 
 def masked_attention(
@@ -29,6 +40,7 @@ def masked_attention(
     value: Tensor,
     length: Tensor,
     mask: Tensor,
+    tail: int,
     *,
     scale: float,
     positions: Tensor,
@@ -42,13 +54,14 @@ def masked_attention(
         key, value: [B, G, capacity, D]: rows [0, L) are committed, [L, L + P) the tail; the others may hold anything.
         length: L, int32 [1].
         mask: Which tail rows each query sees, bool [T, P]; a window has been applied to it.
+        tail: P.
         positions: Of the queries, int64 [T].
         window: w lets position p see prefix rows over p - w.
 
     Returns:
         As `attention.attend`.
     """
-    rows, tail = mask.shape
+    rows = mask.shape[0]
     column = torch.arange(key.shape[2], device=key.device)
     seen = (column < length).expand(rows, -1)
     if window is not None:
@@ -57,6 +70,9 @@ def masked_attention(
     written = (column < length + tail)[:, None]
     key, value = (torch.where(written, each, 0) for each in (key, value))
     return attend(query, key, value, scale=scale, bias=additive(seen, query.dtype), softcap=softcap)
+
+
+PLAIN = Kernel(lambda mask: mask, masked_attention)
 
 
 @dataclass(slots=True)
@@ -68,7 +84,6 @@ class StaticCall:
         positions: Of the T tokens, int64 [T].
         mask: bool [T, P], P the pending rows, the T own ones last.
         tail_positions: Of the P rows, int64 [P].
-        kernel: Attends over a whole buffer.
         score_layer: Layer whose queries are kept.
     """
 
@@ -76,21 +91,25 @@ class StaticCall:
     positions: Tensor
     mask: Tensor
     tail_positions: Tensor
-    kernel: StaticAttend
+    kernel: Kernel
     score_layer: int | None
     windows: dict[int, int | None] = field(default_factory=dict)
     scored: ScoredRows | None = None
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, window: int | None, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Attend to the committed rows and, by the mask, to the pending ones."""
-        mask = self.mask
-        if window is not None and window < key.shape[2]:
-            mask = mask & (self.positions[:, None] - self.tail_positions < window)
-        else:
+        if window is not None and window >= key.shape[2]:
             window = None
-        return self.kernel(query, key, value, self.length, mask, positions=self.positions, window=window, **options)
+        if window not in self._masks:
+            near = self.positions[:, None] - self.tail_positions < window if window is not None else True
+            self._masks[window] = self.kernel.prepare(self.mask & near)
+        return self.kernel.attend(
+            query, key, value, self.length, self._masks[window], self.mask.shape[1],
+            positions=self.positions, window=window, **options,
+        )  # fmt: skip
 
 
 # cache, ids [T], positions [T], taps, call -> (logits [T, V], features)
@@ -102,13 +121,13 @@ class StaticSteps:
 
     Args:
         forward: Runs the model over a cache; must not look at values on the host.
-        kernel: Attention over a whole buffer.
+        kernel: Attention over whole buffers.
 
     Attributes:
         trouble: Why nothing is captured, in words; None while captures work, or there is no CUDA.
     """
 
-    def __init__(self, forward: Forward, kernel: StaticAttend) -> None:
+    def __init__(self, forward: Forward, kernel: Kernel) -> None:
         self.forward, self.kernel = forward, kernel
         self.trouble: str | None = None
         self._steps: dict[tuple[Any, ...], _Step] = {}

@@ -125,11 +125,11 @@ def test_masked_attention_reads_only_what_was_written():
     query, key, value = torch.randn(1, 4, 3, 16), *torch.randn(2, 1, 2, 40, 16)
     length, mask = torch.tensor([20], dtype=torch.int32), torch.ones(3, 3, dtype=torch.bool).tril()
     options = {"scale": 0.25, "positions": torch.arange(20, 23), "window": 7, "softcap": 5.0}
-    clean = masked_attention(query, key, value, length, mask, **options)
+    clean = masked_attention(query, key, value, length, mask, 3, **options)
     key[:, :, 23:] = value[:, :, 23:] = torch.nan
-    torch.testing.assert_close(masked_attention(query, key, value, length, mask, **options), clean)
+    torch.testing.assert_close(masked_attention(query, key, value, length, mask, 3, **options), clean)
     mask[2, 0] = False
-    assert not torch.allclose(masked_attention(query, key, value, length, mask, **options)[0], clean[0])
+    assert not torch.allclose(masked_attention(query, key, value, length, mask, 3, **options)[0], clean[0])
 
 
 def test_buckets_cover_every_tree():
