@@ -5,10 +5,10 @@ Every tensor lies on one device. Caches are handed over with their whole capacit
 length up to the capacity. Rows behind the committed and pending ones are never read: they may hold anything, NaN too.
 """
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import log2
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_QUERIES, MAX_TAIL, MAX_CHUNK, MAX_COMMIT, MAX_SPLITS = 256, 1024, 256, 256, 256
 _LOG2_E = 1.4426950408889634
 _WORD = 64  # tail rows a mask word
+_OPTIONS = {"enable_fp_fusion": True}  # Triton is about to turn fused multiply-adds off by default
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Shape of one kernel's programs: rows of queries and of keys, warps, loads in flight, programs that share an SM."""
+    """One kernel's programs: rows of queries and of keys, warps, loads in flight, programs that share a processor."""
 
     block_m: int
     block_n: int
@@ -35,30 +36,39 @@ class Plan:
     per_sm: int
 
     def shared(self, padded: int, itemsize: int) -> int:
-        """Estimate the bytes of shared memory: the queries, and each stage's keys and values."""
-        return (self.block_m + 2 * self.stages * self.block_n) * padded * itemsize
+        """Estimate the bytes of shared memory: keys and values in flight and, for 64 query rows and more, the queries.
+
+        Warpgroup instructions (64 rows and more) still read the oldest stage while the newest is being written.
+        """
+        wide = self.block_m >= 64
+        rows = 2 * self.block_n * (self.stages if wide else self.stages - 1) + (self.block_m if wide else 0)
+        return rows * padded * itemsize + (8 << 10)
 
 
 def attention_plan(dim: int, rows: int, dtype: torch.dtype, shared_limit: int = 227 << 10) -> Plan:
     """Choose block shapes for `rows` packed query rows a KV head.
 
     64 rows and more run on Hopper's warpgroup instructions; fewer are padded to 16 or 32 rows, which costs nothing
-    while the keys' way from memory is what takes the time. 128 rows need the registers of eight warps.
+    while the keys' way from memory is what takes the time. 128 rows need the registers of eight warps and, for keys
+    that are used this often, Hopper's shared memory. The numbers are those whose compiled code spills no register.
     """
     padded = triton.next_power_of_2(dim)
     block_m = min(max(triton.next_power_of_2(rows), 16), 128)
     if dtype == torch.float32:  # no tensor cores: plain multiply-adds, whose operands live in registers
-        plan = Plan(min(block_m, 32), 32, 4, 2, 2)
+        plan = Plan(min(block_m, 32 if dim == padded else 16), 32 if padded <= 128 else 16, 8, 2, 1)
     elif padded == 256:
-        plan = Plan(16, 64, 4, 2, 1) if block_m <= 16 else Plan(min(block_m, 64), 64, 8, 2, 1)
-    elif block_m == 128:
-        plan = Plan(128, 128, 8, 2, 1)
+        plan = Plan(block_m, 32, 4, 3, 2) if block_m < 64 else Plan(64, 32, 8, 3, 1)
+    elif block_m == 128 and shared_limit > 200 << 10:
+        plan = Plan(128, 64, 8, 3, 1)
+    elif block_m >= 64:
+        plan = Plan(64, 64, 4, 2 if padded == 128 else 3, 2)
     else:
         plan = Plan(block_m, 64 if padded == 128 else 128, 4, 3, 2)
-    block_n, stages = plan.block_n, plan.stages
-    while plan.shared(padded, dtype.itemsize) > shared_limit and (stages > 2 or block_n > 32):
-        stages, block_n = (stages - 1, block_n) if stages > 2 else (stages, block_n // 2)
-        plan = Plan(plan.block_m, block_n, plan.warps, stages, plan.per_sm)
+    if dim != padded and plan.block_m <= 64 and dtype != torch.float32:  # masked dims need registers of their own
+        plan = replace(plan, block_n=32, stages=4)
+    while plan.shared(padded, dtype.itemsize) > shared_limit and plan.block_n > 16:
+        deep = plan.stages > 2
+        plan = replace(plan, stages=plan.stages - deep, block_n=plan.block_n if deep else plan.block_n // 2)
     return plan
 
 
@@ -80,6 +90,11 @@ def _device_limits(index: int | None) -> tuple[int, int]:
     """Return the multiprocessors of a CUDA device and the bytes of shared memory that one program may take."""
     properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _limits(device: torch.device) -> tuple[int, int]:
@@ -106,19 +121,30 @@ def _check_cache(query: Tensor, dim: int, *caches: Tensor) -> None:
             )
         if cache.stride(-1) != 1:
             raise ValueError(f"the last stride of the cache must be 1, got strides {cache.stride()}")
+    if query.device.type == "cpu" and isinstance(tree_attention_kernel, triton.JITFunction):
+        raise ValueError("Triton kernels need tensors on a CUDA device, got cpu; use another attention backend")
     if query.dtype not in DTYPES:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {query.dtype}")
     if dim not in HEAD_DIMS:
         raise ValueError(f"head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {dim}")
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...], device: torch.device) -> None:
+def _check(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    contiguous: bool = True,
+) -> None:
     if tuple(tensor.shape) != shape or tensor.device != device or (dtype is not None and tensor.dtype != dtype):
         kind = "a tensor" if dtype is None else str(dtype)
         raise ValueError(
             f"{name} must be {kind} of shape {list(shape)} on {device}; got {tensor.dtype} of shape "
             f"{list(tensor.shape)} on {tensor.device}"
         )
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
 def _check_limits(**given: tuple[int, int, int]) -> None:
@@ -189,17 +215,16 @@ def tree_attention(
     Raises:
         ValueError: If a shape, dtype, device, stride or number is not as said.
     """
-    batch, heads, rows, dim = query.shape
     _check_attention(query, key, value, length, words, tail, positions, window, sinks)
-    groups, capacity = key.shape[1:3]
+    (batch, heads, rows, dim), (groups, capacity) = query.shape, key.shape[1:3]
     device = query.device
     inner, factor = _factors(scale, softcap)
     if out is None:
         out = query.new_empty(batch, rows, heads, dim).transpose(1, 2)  # [B, T, H, D] in memory, as projections want it
     if lse is None:
         lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
-    _check("out", out, query.dtype, (batch, heads, rows, dim), device)
-    _check("lse", lse, torch.float32, (batch, heads, rows), device)
+    _check("out", out, query.dtype, (batch, heads, rows, dim), device, contiguous=False)
+    _check("lse", lse, torch.float32, (batch, heads, rows), device, contiguous=False)
     if out.stride(-1) != 1:
         raise ValueError(f"the last stride of out must be 1, got strides {out.stride()}")
 
@@ -213,19 +238,22 @@ def tree_attention(
     _check_limits(splits=(splits, 1, MAX_SPLITS))
     part_out = torch.empty(batch * heads * rows, splits, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(batch * heads * rows, splits, dtype=torch.float32, device=device)
-    padded = triton.next_power_of_2(dim)
-    tree_attention_kernel[(row_blocks, splits, batch * groups)](
-        query, key, value, length, words, length if positions is None else positions, part_out, part_lse,
-        inner, factor, rows, tail, words.shape[1], window or 0, capacity, groups,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        SHARE=share, DIM=dim, PADDED=padded, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
-        WINDOWED=window is not None, CAPPED=softcap is not None, num_warps=plan.warps, num_stages=plan.stages,
-    )  # fmt: skip
-    merge_splits_kernel[(batch * heads * rows,)](
-        part_out, part_lse, part_lse if sinks is None else sinks, out, lse, splits, rows, heads,
-        *out.stride()[:3], *lse.stride(),
-        DIM=dim, PADDED=padded, BLOCK_S=16, ALL_S=triton.next_power_of_2(splits), SINKS=sinks is not None, num_warps=4,
-    )  # fmt: skip
+    padded, all_splits = triton.next_power_of_2(dim), triton.next_power_of_2(splits)
+    with _launching_on(device):
+        tree_attention_kernel[(row_blocks, splits, batch * groups)](
+            query, key, value, length, words, length if positions is None else positions, part_out, part_lse,
+            inner, factor, rows, tail, words.shape[1], window or 0, capacity, groups,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            SHARE=share, DIM=dim, PADDED=padded, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+            WINDOWED=window is not None, CAPPED=softcap is not None, num_warps=plan.warps, num_stages=plan.stages,
+            **_OPTIONS,
+        )  # fmt: skip
+        merge_splits_kernel[(batch * heads * rows,)](
+            part_out, part_lse, part_lse if sinks is None else sinks, out, lse, splits, rows, heads,
+            *out.stride()[:3], *lse.stride(),
+            DIM=dim, PADDED=padded, BLOCK_S=min(all_splits, 32), ALL_S=all_splits, SINKS=sinks is not None, num_warps=4,
+            **_OPTIONS,
+        )  # fmt: skip
     return out, lse
 
 
@@ -240,6 +268,8 @@ def _check_attention(
     window: int | None,
     sinks: Tensor | None,
 ) -> None:
+    if query.ndim != 4:
+        raise ValueError(f"query must be [B, H, T, D], got shape {list(query.shape)}")
     batch, heads, rows, dim = query.shape
     device = query.device
     if key.shape != value.shape or key.ndim != 4 or key.shape[0] != batch or key.shape[3] != dim:
@@ -255,8 +285,6 @@ def _check_attention(
         raise ValueError(f"the last stride of query must be 1, got strides {query.stride()}")
     _check("length", length, torch.int32, (1,), device)
     _check("words", words, torch.int64, (rows, triton.cdiv(tail, _WORD)), device)
-    if not words.is_contiguous():
-        raise ValueError(f"words must be contiguous, got strides {words.stride()}")
     if window is not None:
         if window < 1:
             raise ValueError(f"window must be at least 1 or None, got {window}")
@@ -360,19 +388,22 @@ def chunk_scores(
         splits = max(1, min(tiles, 2 * _limits(key.device)[0] // groups))
     share = query.shape[0] // groups
     scores = torch.empty(query.shape[0], chunks, dtype=torch.float32, device=key.device)
-    chunk_scores_kernel[(splits, groups)](
-        query, key, lse.contiguous(), length, scores, inner, factor, chunks, query.stride(0), *key.stride()[:2],
-        SHARE=share, BLOCK_H=max(16, triton.next_power_of_2(share)), DIM=dim, PADDED=triton.next_power_of_2(dim),
-        CHUNK=chunk_size, SPAN=span, TILE=tile, CAPPED=softcap is not None, num_warps=4, num_stages=stages,
-    )  # fmt: skip
+    with _launching_on(key.device):
+        chunk_scores_kernel[(splits, groups)](
+            query, key, lse, length, scores, inner, factor, chunks, query.stride(0), *key.stride()[:2],
+            SHARE=share, BLOCK_H=max(16, triton.next_power_of_2(share)), DIM=dim, PADDED=triton.next_power_of_2(dim),
+            CHUNK=chunk_size, SPAN=span, TILE=tile, CAPPED=softcap is not None, num_warps=4, num_stages=stages,
+            **_OPTIONS,
+        )  # fmt: skip
     if heads is None:
         return scores
     return scores.mean(0) if heads == "mean" else scores.amax(0)
 
 
 def chunk_plan(dim: int, chunk_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return the rows of a chunk that one tile holds (a power of two), the chunks of a tile, and the loads in flight."""
-    rows = max(16, min(128, (32 << 10) // (triton.next_power_of_2(dim) * dtype.itemsize)))
+    """Return the rows of a chunk in one tile (a power of two), the chunks of a tile, and the loads in flight."""
+    rows = (32 << 10) // (triton.next_power_of_2(dim) * dtype.itemsize)
+    rows = max(16, min(rows, 256 // dtype.itemsize))  # float32 multiplies out of registers and has half as many
     span = min(triton.next_power_of_2(chunk_size), rows)
     return span, rows // span, 3
 
@@ -424,10 +455,11 @@ def commit_rows(keys: Tensor, values: Tensor, rows: Tensor, length: Tensor) -> N
     layers, batch, groups = keys.shape[:3]
     dims = max(keys.shape[4], values.shape[4])
     block_r, block_d = commit_plan(count, dims)
-    commit_rows_kernel[(layers * batch * groups, triton.cdiv(dims, block_d), 2)](
-        keys, values, rows.contiguous(), length, count, batch, groups, *keys.stride()[:4], *values.stride()[:4],
-        KEY_DIM=keys.shape[4], VALUE_DIM=values.shape[4], BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4,
-    )  # fmt: skip
+    with _launching_on(keys.device):
+        commit_rows_kernel[(layers * batch * groups, triton.cdiv(dims, block_d), 2)](
+            keys, values, rows, length, count, batch, groups, *keys.stride()[:4], *values.stride()[:4],
+            KEY_DIM=keys.shape[4], VALUE_DIM=values.shape[4], BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4, **_OPTIONS,
+        )  # fmt: skip
 
 
 def commit_plan(count: int, dims: int) -> tuple[int, int]:

@@ -17,7 +17,14 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load_rows(pointers, inside, dims, DIM: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr):
+def _load_rows(
+    pointers: tl.tensor,
+    inside: tl.tensor,
+    dims: tl.tensor,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+) -> tl.tensor:
     """Load [N, PADDED]; dims from DIM on are 0, and so are, where BOUNDED, the rows that `inside` [N] excludes."""
     if BOUNDED:
         return tl.load(pointers, mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)
@@ -28,7 +35,7 @@ def _load_rows(pointers, inside, dims, DIM: tl.constexpr, PADDED: tl.constexpr, 
 
 
 @triton.jit
-def _raw_scores(query, key, inner, CAPPED: tl.constexpr):
+def _raw_scores(query: tl.tensor, key: tl.tensor, inner: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
     """[M, D] x [N, D] -> [M, N]; where CAPPED, tanh(score / softcap), with inner = 2 log2(e) scale / softcap."""
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if CAPPED:
@@ -37,7 +44,9 @@ def _raw_scores(query, key, inner, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _fold(scores, value, out, total, best, factor):
+def _fold(
+    scores: tl.tensor, value: tl.tensor, out: tl.tensor, total: tl.tensor, best: tl.tensor, factor: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Take one block of keys into the running softmax: out [M, D], total [M] and best [M] (in powers of two)."""
     higher = tl.maximum(best, tl.max(scores, 1) * factor)
     weights = tl.exp2(scores * factor - higher[:, None])
@@ -47,7 +56,7 @@ def _fold(scores, value, out, total, best, factor):
 
 
 @triton.jit
-def _tail_bits(words, num_words, first):
+def _tail_bits(words: tl.tensor, num_words: tl.tensor, first: tl.tensor) -> tl.tensor:
     """Mask bits of tail rows [first, first + 64), uint64 [M], for each query row; 0 where there is no such tail row."""
     index = first >> 6
     shift = tl.cast(first & 63, tl.uint64)
@@ -57,7 +66,16 @@ def _tail_bits(words, num_words, first):
 
 
 @triton.jit
-def _visible(start, committed, position, words, num_words, window, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
+def _visible(
+    start: tl.tensor,
+    committed: tl.tensor,
+    position: tl.tensor,
+    words: tl.tensor,
+    num_words: tl.tensor,
+    window: tl.tensor,
+    BLOCK_N: tl.constexpr,
+    WINDOWED: tl.constexpr,
+) -> tl.tensor:
     """Which cache rows [start, start + N), prefix and tail, each query row sees: bool [M, N]."""
     columns = tl.arange(0, BLOCK_N)
     rows = start + columns
@@ -75,12 +93,13 @@ def _visible(start, committed, position, words, num_words, window, BLOCK_N: tl.c
 
 @triton.jit(do_not_specialize=["tokens", "tail", "num_words", "window", "capacity"])
 def tree_attention_kernel(
-    query, key, value, length, words, positions, part_out, part_lse,
-    inner, factor, tokens, tail, num_words, window, capacity, groups,
-    query_b, query_h, query_t, key_b, key_g, key_n, value_b, value_g, value_n,
-    SHARE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
+    query: tl.tensor, key: tl.tensor, value: tl.tensor, length: tl.tensor, words: tl.tensor, positions: tl.tensor,
+    part_out: tl.tensor, part_lse: tl.tensor, inner: tl.tensor, factor: tl.tensor, tokens: tl.tensor, tail: tl.tensor,
+    num_words: tl.tensor, window: tl.tensor, capacity: tl.tensor, groups: tl.tensor, query_b: tl.tensor,
+    query_h: tl.tensor, query_t: tl.tensor, key_b: tl.tensor, key_g: tl.tensor, key_n: tl.tensor, value_b: tl.tensor,
+    value_g: tl.tensor, value_n: tl.tensor, SHARE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+) -> None:  # fmt: skip
     """One split of the keys for BLOCK_M of the SHARE * T query rows that share a KV head.
 
     Prefix and tail lie behind one another in the cache, so both are one range of blocks, divided evenly among the
@@ -113,7 +132,9 @@ def tree_attention_kernel(
 
     dims = tl.arange(0, PADDED)
     rows = tl.arange(0, BLOCK_N)
-    query_row = tl.cast(batch, tl.int64) * query_b + tl.cast(head, tl.int64) * query_h + tl.cast(token, tl.int64) * query_t
+    query_row = (
+        tl.cast(batch, tl.int64) * query_b + tl.cast(head, tl.int64) * query_h + tl.cast(token, tl.int64) * query_t
+    )
     # [M, D]
     queries = tl.load(query + query_row[:, None] + dims[None, :], mask=(dims < DIM)[None, :], other=0.0)
     key += tl.cast(batch, tl.int64) * key_b + tl.cast(group, tl.int64) * key_g
@@ -147,17 +168,19 @@ def tree_attention_kernel(
         out, total, best = _fold(scores, values, out, total, best, factor)
 
     empty = total == 0.0
-    out = out / tl.where(empty, 1.0, total)[:, None]
+    total = tl.where(empty, 1.0, total)
+    out = out / total[:, None]
     tl.store(part_lse + slot, tl.where(empty, float("-inf"), best + tl.log2(total)), mask=own)
     tl.store(part_out + slot[:, None] * DIM + dims[None, :], out, mask=own[:, None] & (dims < DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits", "tokens"])
 def merge_splits_kernel(
-    part_out, part_lse, sinks, out, lse, splits, tokens, heads,
-    out_b, out_h, out_t, lse_b, lse_h, lse_t,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_S: tl.constexpr, ALL_S: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
+    part_out: tl.tensor, part_lse: tl.tensor, sinks: tl.tensor, out: tl.tensor, lse: tl.tensor, splits: tl.tensor,
+    tokens: tl.tensor, heads: tl.tensor, out_b: tl.tensor, out_h: tl.tensor, out_t: tl.tensor, lse_b: tl.tensor,
+    lse_h: tl.tensor, lse_t: tl.tensor, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_S: tl.constexpr, SINKS: tl.constexpr,
+) -> None:  # fmt: skip
     """Merge the splits of one query row by log-sum-exp. Grid: (B * H * T,)."""
     row = tl.cast(tl.program_id(0), tl.int64)
     token, head, batch = row % tokens, row // tokens % heads, row // tokens // heads
@@ -175,7 +198,8 @@ def merge_splits_kernel(
         parts = tl.load(part_out + (row * splits + some)[:, None] * DIM + dims[None, :], mask=wanted, other=0.0)
         merged += tl.sum(parts * weights[:, None], 0)
     empty = total == 0.0
-    merged = merged / tl.where(empty, 1.0, total)
+    total = tl.where(empty, 1.0, total)
+    merged = merged / total
     whole = tl.where(empty, float("-inf"), (best + tl.log2(total)) * _LN_2)
     if SINKS:  # a sink takes its share of the softmax and gives nothing
         merged = merged / (1.0 + tl.exp2((tl.load(sinks + head).to(tl.float32) - whole) * _LOG2_E))
@@ -186,10 +210,11 @@ def merge_splits_kernel(
 
 @triton.jit(do_not_specialize=["chunks"])
 def chunk_scores_kernel(
-    query, key, lse, length, scores, inner, factor, chunks, query_h, key_g, key_n,
-    SHARE: tl.constexpr, BLOCK_H: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-    CHUNK: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
+    query: tl.tensor, key: tl.tensor, lse: tl.tensor, length: tl.tensor, scores: tl.tensor, inner: tl.tensor,
+    factor: tl.tensor, chunks: tl.tensor, query_h: tl.tensor, key_g: tl.tensor, key_n: tl.tensor, SHARE: tl.constexpr,
+    BLOCK_H: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
+    TILE: tl.constexpr, CAPPED: tl.constexpr,
+) -> None:  # fmt: skip
     """Mean softmax weight of each chunk's keys for the query heads of one KV head.
 
     A tile is TILE chunks of at most SPAN rows, or SPAN rows of one longer chunk. Grid: (parts, G).
@@ -230,10 +255,15 @@ def chunk_scores_kernel(
 
 
 @triton.jit
-def _move_rows(block, committed, moved, wanted, to, dims, layer, batch, group, block_l, block_b, block_g, block_n,
-               DIM: tl.constexpr):  # fmt: skip
+def _move_rows(
+    block: tl.tensor, committed: tl.tensor, moved: tl.tensor, wanted: tl.tensor, to: tl.tensor, dims: tl.tensor,
+    layer: tl.tensor, batch: tl.tensor, group: tl.tensor, block_l: tl.tensor, block_b: tl.tensor, block_g: tl.tensor,
+    block_n: tl.tensor, DIM: tl.constexpr,
+) -> None:  # fmt: skip
     """Move rows committed + moved [R] of one layer and KV head to committed + to [R]."""
-    block += tl.cast(layer, tl.int64) * block_l + tl.cast(batch, tl.int64) * block_b + tl.cast(group, tl.int64) * block_g
+    block += (
+        tl.cast(layer, tl.int64) * block_l + tl.cast(batch, tl.int64) * block_b + tl.cast(group, tl.int64) * block_g
+    )
     block += tl.cast(committed, tl.int64) * block_n
     mask = wanted[:, None] & (dims < DIM)[None, :]
     values = tl.load(block + moved[:, None] * block_n + dims[None, :], mask=mask)
@@ -245,11 +275,12 @@ def _move_rows(block, committed, moved, wanted, to, dims, layer, batch, group, b
 
 @triton.jit(do_not_specialize=["count", "batches", "groups"])
 def commit_rows_kernel(
-    keys, values, rows, length, count, batches, groups,
-    key_l, key_b, key_g, key_n, value_l, value_b, value_g, value_n,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Move the accepted pending rows behind the committed ones. Grid: (layers * B * G, blocks of dims, keys or values)."""
+    keys: tl.tensor, values: tl.tensor, rows: tl.tensor, length: tl.tensor, count: tl.tensor, batches: tl.tensor,
+    groups: tl.tensor, key_l: tl.tensor, key_b: tl.tensor, key_g: tl.tensor, key_n: tl.tensor, value_l: tl.tensor,
+    value_b: tl.tensor, value_g: tl.tensor, value_n: tl.tensor, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    """Move accepted pending rows behind the committed ones. Grid: (layers * B * G, blocks of dims, keys or values)."""
     group = tl.program_id(0) % groups
     batch = tl.program_id(0) // groups % batches
     layer = tl.program_id(0) // groups // batches
