@@ -238,11 +238,12 @@ def tree_attention(
     _check_limits(splits=(splits, 1, MAX_SPLITS))
     part_out = torch.empty(batch * heads * rows, splits, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(batch * heads * rows, splits, dtype=torch.float32, device=device)
+    halves = words.view(torch.int32)
     padded, all_splits = triton.next_power_of_2(dim), triton.next_power_of_2(splits)
     with _launching_on(device):
         tree_attention_kernel[(row_blocks, splits, batch * groups)](
-            query, key, value, length, words, length if positions is None else positions, part_out, part_lse,
-            inner, factor, rows, tail, words.shape[1], window or 0, capacity, groups,
+            query, key, value, length, halves, length if positions is None else positions, part_out, part_lse,
+            inner, factor, rows, tail, halves.shape[1], window or 0, capacity, groups,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             SHARE=share, DIM=dim, PADDED=padded, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
             WINDOWED=window is not None, CAPPED=softcap is not None, num_warps=plan.warps, num_stages=plan.stages,

@@ -56,13 +56,9 @@ def _fold(
 
 
 @triton.jit
-def _tail_bits(words: tl.tensor, num_words: tl.tensor, first: tl.tensor) -> tl.tensor:
-    """Mask bits of tail rows [first, first + 64), uint64 [M], for each query row; 0 where there is no such tail row."""
-    index = first >> 6
-    shift = tl.cast(first & 63, tl.uint64)
-    low = tl.load(words + index, mask=(index >= 0) & (index < num_words), other=0).to(tl.uint64, bitcast=True)
-    high = tl.load(words + index + 1, mask=(index >= -1) & (index + 1 < num_words), other=0).to(tl.uint64, bitcast=True)
-    return (low >> shift) | ((high << 1) << (63 - shift))  # in two steps, for a shift by 64 is undefined
+def _half_word(halves: tl.tensor, num_halves: tl.tensor, index: tl.tensor) -> tl.tensor:
+    """Half number `index` [M] of each query row's mask words, uint32 [M]; 0 where there is none."""
+    return tl.load(halves + index, mask=(index >= 0) & (index < num_halves), other=0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -70,20 +66,28 @@ def _visible(
     start: tl.tensor,
     committed: tl.tensor,
     position: tl.tensor,
-    words: tl.tensor,
-    num_words: tl.tensor,
+    halves: tl.tensor,
+    num_halves: tl.tensor,
     window: tl.tensor,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
 ) -> tl.tensor:
-    """Which cache rows [start, start + N), prefix and tail, each query row sees: bool [M, N]."""
+    """Which cache rows [start, start + N), prefix and tail, each query row sees: bool [M, N].
+
+    `halves` are the mask words as 32-bit halves, the low one first, for 32-bit shifts are cheaper.
+    """
     columns = tl.arange(0, BLOCK_N)
     rows = start + columns
-    first = tl.zeros_like(position) + start - committed  # [M], all equal
-    bits = _tail_bits(words, num_words, first)[:, None]
-    if BLOCK_N > 64:
-        bits = tl.where((columns < 64)[None, :], bits, _tail_bits(words, num_words, first + 64)[:, None])
-    in_tail = ((bits >> (columns & 63).to(tl.uint64)[None, :]) & 1) != 0
+    first = tl.zeros_like(position) + start - committed  # [M], all equal; negative where the block begins in the prefix
+    shift = (first & 31).to(tl.uint32)
+    low = _half_word(halves, num_halves, first >> 5)
+    bits = tl.zeros([1, 1], tl.uint32)
+    for part in tl.static_range((BLOCK_N + 31) // 32):
+        high = _half_word(halves, num_halves, (first >> 5) + (part + 1))
+        aligned = (low >> shift) | ((high << 1) << (31 - shift))  # in two steps, for a shift by 32 is undefined
+        bits = tl.where((columns // 32 == part)[None, :], aligned[:, None], bits)
+        low = high
+    in_tail = ((bits >> (columns & 31).to(tl.uint32)[None, :]) & 1) != 0
     in_prefix = (rows < committed)[None, :]
     if WINDOWED:
         return tl.where(in_prefix, rows[None, :] > position[:, None] - window, in_tail)
@@ -91,11 +95,11 @@ def _visible(
         return in_prefix | in_tail
 
 
-@triton.jit(do_not_specialize=["tokens", "tail", "num_words", "window", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "tail", "num_halves", "window", "capacity"])
 def tree_attention_kernel(
-    query: tl.tensor, key: tl.tensor, value: tl.tensor, length: tl.tensor, words: tl.tensor, positions: tl.tensor,
+    query: tl.tensor, key: tl.tensor, value: tl.tensor, length: tl.tensor, halves: tl.tensor, positions: tl.tensor,
     part_out: tl.tensor, part_lse: tl.tensor, inner: tl.tensor, factor: tl.tensor, tokens: tl.tensor, tail: tl.tensor,
-    num_words: tl.tensor, window: tl.tensor, capacity: tl.tensor, groups: tl.tensor, query_b: tl.tensor,
+    num_halves: tl.tensor, window: tl.tensor, capacity: tl.tensor, groups: tl.tensor, query_b: tl.tensor,
     query_h: tl.tensor, query_t: tl.tensor, key_b: tl.tensor, key_g: tl.tensor, key_n: tl.tensor, value_b: tl.tensor,
     value_g: tl.tensor, value_n: tl.tensor, SHARE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
@@ -141,7 +145,7 @@ def tree_attention_kernel(
     value += tl.cast(batch, tl.int64) * value_b + tl.cast(group, tl.int64) * value_g
     key_offsets = rows[:, None] * key_n + dims[None, :]
     value_offsets = rows[:, None] * value_n + dims[None, :]
-    word_rows = words + token * num_words
+    halves += token * num_halves
 
     out = tl.zeros([BLOCK_M, PADDED], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -155,7 +159,7 @@ def tree_attention_kernel(
         inside = block * BLOCK_N + rows < end
         keys = _load_rows(key + start * key_n + key_offsets, inside, dims, DIM, PADDED, True)
         scores = _raw_scores(queries, keys, inner, CAPPED)
-        seen = _visible(block * BLOCK_N, committed, position, word_rows, num_words, window, BLOCK_N, WINDOWED)
+        seen = _visible(block * BLOCK_N, committed, position, halves, num_halves, window, BLOCK_N, WINDOWED)
         scores = tl.where(seen & inside[None, :], scores, float("-inf"))
         # rows behind the end may hold NaN, and 0 * NaN is NaN: they are not loaded
         values = _load_rows(value + start * value_n + value_offsets, inside, dims, DIM, PADDED, True)

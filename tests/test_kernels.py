@@ -218,6 +218,7 @@ CASES = [
     Case(64, 0, 4, 4, 128, FP16, earlier=1, splits=1),
     Case(65, 31, 4, 1, 32, FP32, earlier=64, splits=3),
     Case(65, 1, 1, 1, 80, BF16, earlier=63),
+    Case(7, 30, 4, 1, 64, FP16, earlier=90),  # one block of 128 keys holds bits of three words
     Case(7, 130, 4, 2, 64, BF16, batch=2, layout="block"),
     Case(7, 4097, 4, 1, 80, FP32, window=100),
     Case(64, 200, 4, 1, 128, BF16, window=65, earlier=30),
@@ -306,6 +307,15 @@ def test_no_tail_at_all():
     it = given(case)
     it.mask = it.mask[:, :0]
     assert_same(FP32, attend(case, it), truth(case, it))
+
+
+@kernel_test
+def test_bits_behind_the_tail_mean_nothing():
+    case = Case(7, 90, 4, 2, 32, FP32)
+    it = given(case)
+    words = pack_mask(it.mask) | ~0x7F
+    got = tree_attention(it.query, it.key, it.value, it.length, words, 7, scale=case.dim**-0.5)
+    assert_same(FP32, got, truth(case, it))
 
 
 @kernel_test
