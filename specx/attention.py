@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specx.backends import BACKENDS, DEVICE_OF, MASKED, WHY, additive, reference, trouble_with
+from specx.static_attention import trouble_with_kernel
 
 __all__ = [
     "BACKENDS",
@@ -134,7 +135,7 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
     if kind is not None:
         if device.type != kind:
             raise ValueError(f"backend {name} needs a {kind.upper()} device; the device is {device}")
-        trouble = trouble_with(name, device)
+        trouble = _trouble(name, device)
         if trouble:
             raise ValueError(f"backend {name} cannot be used: {trouble}")
     if name != "auto":
@@ -142,8 +143,12 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
     reasons: list[str] = []
     for each, runs_on in DEVICE_OF.items():
         if runs_on == device.type:
-            trouble = trouble_with(each, device)
+            trouble = _trouble(each, device)
             if trouble is None:
                 return each, "; ".join([WHY[each], *reasons])
             reasons.append(f"not {each}: {trouble}")
     return "reference", "; ".join([f"plain matrix products, for there is no flash kernel for {device.type}", *reasons])
+
+
+def _trouble(name: str, device: torch.device) -> str | None:
+    return trouble_with(name, device) or (trouble_with_kernel(device) if name == "triton" else None)

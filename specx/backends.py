@@ -167,13 +167,15 @@ def trouble_with(backend: str, device: torch.device) -> str | None:
 BACKENDS: dict[str, Attend] = {
     "reference": reference,
     "cpu": cpu_flash,
+    "triton": torch_flash,  # for a prefill; trees run on the kernel of ours
     "torch": torch_flash,
     "flash": flash_attn,
 }
 # In the order in which they are preferred; `reference` runs everywhere.
-DEVICE_OF = {"cpu": "cpu", "torch": "cuda", "flash": "cuda"}
+DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "torch": "cuda", "flash": "cuda"}
 WHY = {
     "cpu": "flash attention with log-sum-exp on the CPU",
+    "triton": "trees in one pass by a kernel of ours, a prefill by PyTorch's flash attention",
     "torch": "PyTorch's flash attention with log-sum-exp",
     "flash": "flash-attn",
 }

@@ -1,6 +1,6 @@
 """The key/value cache of a model that verifies or drafts trees."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+Move = Callable[[Tensor, Tensor, Tensor, int], None]
+
+
+def move_rows(keys: Tensor, values: Tensor, rows: Tensor, first: int) -> None:
+    """Copy rows first + rows[i] of [n, B, G, capacity, D] to first + i."""
+    for block in (keys, values):
+        # index_select copies first: source and destination may overlap.
+        block[:, :, :, first : first + len(rows)] = block.index_select(3, rows + first)
 
 
 @dataclass(slots=True)
@@ -37,6 +46,7 @@ class TreeCache(Cache):
         capacity: Rows to allocate; `reserve` grows it.
         one_block: False allocates layer by layer, for a model that is spread over devices.
         memory: Of an earlier cache of this model, whose content is dropped.
+        move: move(keys, values, rows, first) copies rows first + rows[i] of a block to first + i.
     """
 
     is_compileable = False
@@ -44,8 +54,16 @@ class TreeCache(Cache):
     is_linear: Any = ()
     is_dummy: Any = ()
 
-    def __init__(self, num_layers: int, capacity: int, one_block: bool = True, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        capacity: int,
+        one_block: bool = True,
+        memory: Memory | None = None,
+        move: Move | None = None,
+    ) -> None:
         super().__init__(layers=[])
+        self.move = move or move_rows
         self.num_layers, self.one_block, self.memory = num_layers, one_block, memory or Memory()
         self.capacity = min((pair[0].shape[3] for pair in self.memory.blocks), default=capacity)
         self.committed = self.pending = 0
@@ -103,10 +121,8 @@ class TreeCache(Cache):
         if same < len(rows):
             first = self.committed + same
             for keys, values in self.memory.blocks:
-                index = torch.tensor([self.committed + row for row in rows[same:]], device=keys.device)
-                for block in (keys, values):
-                    # index_select copies first: source and destination may overlap.
-                    block[:, :, :, first : first + len(index)] = block.index_select(3, index)
+                index = torch.tensor([row - same for row in rows[same:]], device=keys.device)
+                self.move(keys, values, index, first)
         self.committed += len(rows)
         self.pending = 0
 

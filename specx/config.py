@@ -182,7 +182,9 @@ class Settings:
 class LoadConfig(Checked):
     """How checkpoints are loaded and where they run."""
 
-    backend: str = option("auto", "Attention backend.", choices=("auto", "reference", "cpu", "torch", "flash"))
+    backend: str = option(
+        "auto", "Attention backend.", choices=("auto", "reference", "cpu", "triton", "torch", "flash")
+    )
     dtype: str = option("auto", "auto is the checkpoint's.", choices=("auto", "float32", "bfloat16", "float16"))
     device: str | None = option(None, "cpu, cuda, cuda:1, ... Default: cuda where there is one.")
     device_map: str | None = option(None, "auto spreads the target over devices (needs accelerate).", choices=("auto",))

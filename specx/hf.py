@@ -23,7 +23,8 @@ from specx.hf_attention import IMPLEMENTATION, Call, ScoredRows
 from specx.hf_check import refusal, rope_types, self_check, static_trouble
 from specx.hf_config import positions_of
 from specx.packed import PackedLinears
-from specx.static import BUCKETS, PLAIN, Kernel, StaticCall, StaticSteps
+from specx.static import BUCKETS, StaticCall, StaticSteps
+from specx.static_attention import PLAIN, Kernel, triton_kernel, triton_move
 
 _STATIC_ROWS = 64  # more rows are a prefill, which is not worth a graph
 _checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
@@ -111,12 +112,13 @@ class HFModel:
         layers, one_block = self.config.num_hidden_layers, len(self.devices()) == 1
         if self.no_graphs:
             return TreeCache(layers, capacity, one_block)
+        move = triton_move if self.backend == "triton" else None
         capacity = max(1024, 1 << (capacity + BUCKETS[-1] - 1).bit_length())
         memory, steps = self._spare or (Memory(), StaticSteps(self._run_static, self._static_kernel()))
         self._spare = None
         if any(pair[0].shape[3] != capacity for pair in memory.blocks):
             memory, steps = Memory(), StaticSteps(self._run_static, self._static_kernel())
-        cache = TreeCache(layers, capacity, one_block, memory)
+        cache = TreeCache(layers, capacity, one_block, memory, move)
         self._steps[cache] = steps
         weakref.finalize(cache, setattr, self, "_spare", (memory, steps))
         return cache
@@ -227,7 +229,7 @@ class HFModel:
         return self._run(ids, positions, cache, call, None, taps, 0)
 
     def _static_kernel(self) -> Kernel:
-        return PLAIN
+        return triton_kernel() if self.backend == "triton" else PLAIN
 
     def devices(self) -> set[Any]:
         """Return the devices that the model lies on."""

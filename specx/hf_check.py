@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from specx.static_attention import kernel_serves
+
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
@@ -39,6 +41,15 @@ def static_trouble(wrapped: Any, asked: bool) -> str | None:
     kinds = {kind for module in wrapped.model.modules() for kind in rope_types(module)}
     if kinds & {"longrope", "dynamic"}:
         return "its rotary embedding looks at the positions on the host"
+    if wrapped.backend == "triton":
+        config = wrapped.config
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        value_dim = getattr(config, "v_head_dim", None) or dim
+        key_dim = getattr(config, "qk_head_dim", None) or dim
+        if not kernel_serves(wrapped.dtype, key_dim, value_dim):
+            return f"the tree kernel takes no heads of {key_dim} and {value_dim} in {wrapped.dtype}"
+    elif wrapped.device.type == "cuda" and not asked:
+        return f"backend {wrapped.backend} attends without the tree kernel"
     return None
 
 

@@ -5,7 +5,8 @@ Everything here is a pure function of its arguments; a generation's state lives 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,17 @@ def chunk_scores(
         float32 [C], C = ceil(L / chunk_size).
     """
     groups, length, dim = key.shape
+    if key.is_cuda and find_spec("triton"):
+        from specx import kernel_launch
+
+        if (
+            dim in kernel_launch.HEAD_DIMS
+            and key.dtype in kernel_launch.DTYPES
+            and chunk_size <= kernel_launch.MAX_CHUNK
+        ):
+            rows = torch.tensor([length], dtype=torch.int32, device=key.device)
+            options: dict[str, Any] = {"scale": scale, "softcap": softcap, "chunk_size": chunk_size, "heads": heads}
+            return kernel_launch.chunk_scores(key, query.to(key.dtype), lse, rows, **options)
     packed = query.reshape(groups, -1, dim).to(key.dtype)
     if key.dtype == torch.float32:
         scores = torch.matmul(packed, key.transpose(1, 2))  # [G, H/G, L]

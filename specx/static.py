@@ -13,66 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specx.attention import additive, attend
 from specx.cache import TreeCache
 from specx.hf_attention import ScoredRows
+from specx.static_attention import Kernel
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows are padded to the next of these
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """Attention over whole buffers.
-
-    Attributes:
-        prepare: Brings a mask, bool [T, P], into the kernel's form; once a forward, not once a layer.
-        attend: (query, key, value, length, prepared mask, tail rows P, *, scale, positions, window, softcap)
-            -> (out, lse); see `masked_attention`.
-    """
-
-    prepare: Callable[[Tensor], Tensor]
-    attend: Callable[..., tuple[Tensor, Tensor]]
-
-
-def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    length: Tensor,
-    mask: Tensor,
-    tail: int,
-    *,
-    scale: float,
-    positions: Tensor,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Attend over a whole buffer with one mask: the truth that the kernel is tested against; any device and dtype.
-
-    Args:
-        query: [B, H, T, D].
-        key, value: [B, G, capacity, D]: rows [0, L) are committed, [L, L + P) the tail; the others may hold anything.
-        length: L, int32 [1].
-        mask: Which tail rows each query sees, bool [T, P]; a window has been applied to it.
-        tail: P.
-        positions: Of the queries, int64 [T].
-        window: w lets position p see prefix rows over p - w.
-
-    Returns:
-        As `attention.attend`.
-    """
-    rows = mask.shape[0]
-    column = torch.arange(key.shape[2], device=key.device)
-    seen = (column < length).expand(rows, -1)
-    if window is not None:
-        seen = seen & (column > positions[:, None] - window)
-    seen = seen.index_copy(1, length.long() + torch.arange(tail, device=key.device), mask)
-    written = (column < length + tail)[:, None]
-    key, value = (torch.where(written, each, 0) for each in (key, value))
-    return attend(query, key, value, scale=scale, bias=additive(seen, query.dtype), softcap=softcap)
-
-
-PLAIN = Kernel(lambda mask: mask, masked_attention)
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports its own layer and those before it.
 LAYERS = [
     {"config", "tree"},
-    {"backends", "kernels", "cache", "retrieval", "acceptance"},
+    {"backends", "kernels", "kernel_launch", "cache", "retrieval", "acceptance"},
+    {"static_attention"},
     {"attention"},
     {"hf_attention", "hf_config", "packed"},
     {"static"},

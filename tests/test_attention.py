@@ -354,7 +354,7 @@ def test_choice_of_backend(name, device, chosen):
 
 
 def test_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"one of auto, reference, cpu, torch, flash; got 'flush'"):
+    with pytest.raises(ValueError, match=r"one of auto, reference, cpu, triton, torch, flash; got 'flush'"):
         choose_backend("flush", torch.device("cpu"))
 
 
@@ -363,7 +363,7 @@ def test_cpu_backend_needs_a_cpu():
         choose_backend("cpu", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "flash"])
 def test_cuda_backends_need_a_gpu(backend):
     with pytest.raises(ValueError, match="needs a CUDA device"):
         choose_backend(backend, torch.device("cpu"))

@@ -11,7 +11,8 @@ from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
 from specx.cache import TreeCache
 from specx.hf import HFModel
-from specx.static import BUCKETS, masked_attention
+from specx.static import BUCKETS
+from specx.static_attention import masked_attention
 from specx.target import Target
 from specx.tree import DraftTree
 
