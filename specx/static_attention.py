@@ -65,33 +65,41 @@ def masked_attention(
 PLAIN = Kernel(lambda mask: mask, masked_attention)
 
 
+def kernel_launch() -> Any:
+    """Import the launchers; only who runs kernels needs Triton.
+
+    Raises:
+        ImportError: If there is no Triton.
+    """
+    from specx import kernel_launch as launchers
+
+    return launchers
+
+
 def triton_kernel() -> Kernel:
     """Return the one-pass kernel of `specx.kernels`.
 
     Raises:
         ImportError: If there is no Triton.
     """
-    from specx.kernel_launch import pack_mask, tree_attention
+    launch = kernel_launch()
 
     def attend(*inputs: Any, positions: Tensor, window: int | None, **options: Any) -> tuple[Tensor, Tensor]:
         at = positions.int() if window is not None else None
-        return tree_attention(*inputs, positions=at, window=window, **options)
+        return launch.tree_attention(*inputs, positions=at, window=window, **options)
 
-    return Kernel(pack_mask, attend)
+    return Kernel(launch.pack_mask, attend)
 
 
 def triton_move(keys: Tensor, values: Tensor, rows: Tensor, first: int) -> None:
     """Copy rows first + rows[i] of [n, B, G, capacity, D] to first + i, all layers in one launch."""
-    from specx.kernel_launch import commit_rows
-
-    commit_rows(keys, values, rows.int(), torch.tensor([first], dtype=torch.int32, device=keys.device))
+    kernel_launch().commit_rows(keys, values, rows.int(), torch.tensor([first], dtype=torch.int32, device=keys.device))
 
 
 def kernel_serves(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
     """Tell whether `triton_kernel` takes a model's cache."""
-    from specx.kernel_launch import DTYPES, HEAD_DIMS
-
-    return dtype in DTYPES and key_dim == value_dim and key_dim in HEAD_DIMS
+    launch = kernel_launch()
+    return dtype in launch.DTYPES and key_dim == value_dim and key_dim in launch.HEAD_DIMS
 
 
 def trouble_with_kernel(device: torch.device) -> str | None:
@@ -99,7 +107,7 @@ def trouble_with_kernel(device: torch.device) -> str | None:
     try:
         kernel, generator = triton_kernel(), torch.Generator().manual_seed(0)
         sizes = ((1, 4, 5, 64), (1, 2, 90, 64), (1, 2, 90, 64))
-        inputs: Any = [torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in sizes]
+        inputs: Any = [torch.randn(size, generator=generator).to(device, torch.float16) for size in sizes]
         length = torch.tensor([70], dtype=torch.int32, device=device)
         mask = torch.ones(5, 5, dtype=torch.bool, device=device).tril()
         options: dict[str, Any] = {"scale": 0.125, "positions": length + torch.arange(5, device=device)}
