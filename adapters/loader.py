@@ -1,0 +1,111 @@
+"""A named or live draft becomes a `DraftModel`; which adapter serves it is decided by what its files hold."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specx.adapters.checkpoints import load_model
+from specx.adapters.classic import ClassicModel
+from specx.adapters.eagle import EagleModel
+from specx.adapters.eagle_checkpoints import HeadFormat, read_head
+from specx.adapters.eagle_head import EagleHead
+from specx.adapters.names import known_draft
+from specx.adapters.weights import kind_of
+from specx.config import LoadConfig
+from specx.draft import DraftModel
+from specx.hf import HFModel
+
+_EAGLE_CONTEXT = 4096  # many heads claim their target's positions; none is known that was trained on longer texts
+
+
+def load_draft(draft: Any, directory: str | None, target: HFModel, asked: int | None, config: LoadConfig) -> DraftModel:
+    """Load a draft for `target`.
+
+    Args:
+        draft: What the user gave: a name, a directory, a hub id or a live model.
+        directory: Its local directory; None for a live model.
+        asked: The draft_context that was asked for.
+
+    Raises:
+        RuntimeError: A checkpoint that cannot be loaded.
+        ValueError: A draft that does not fit the target.
+    """
+    name = draft if isinstance(draft, str) else type(draft).__name__
+    if directory is not None and kind_of(directory) == "eagle":
+        return load_eagle(name, directory, target, asked)
+    model = draft if directory is None else load_model(directory, config, "draft")
+    wrapped = HFModel(model, config.backend, hybrid=target.hybrid, flash_prefill=target.flash_prefill)
+    claimed = wrapped.max_positions or 2048, "its config's max_position_embeddings"
+    return ClassicModel(name, wrapped, target.vocab_size, *_context(name, asked, *claimed))
+
+
+def _context(name: str, asked: int | None, claimed: int, source: str) -> tuple[int, str]:
+    """Return the positions that a draft was trained for, and where that is known from."""
+    if asked:
+        return asked, "asked for"
+    known = known_draft(name)
+    if known and known.draft_context:
+        return known.draft_context, "the table of known names"
+    return claimed, source
+
+
+def load_eagle(name: str, directory: str, target: HFModel, asked: int | None = None) -> EagleModel:
+    """Load an EAGLE head for `target`, on its device and in its dtype.
+
+    Raises:
+        RuntimeError: A head that cannot be read.
+        ValueError: A head that was made for another target.
+    """
+    head, tensors = read_head(directory)
+    _check_fit(name, head, target)
+    tensors = {
+        key: tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
+        for key, tensor in tensors.items()
+    }
+    for key, module in (("embed_tokens.weight", target.embedding), ("lm_head.weight", target.lm_head)):
+        own = tensors.get(key)  # a frozen copy of the target's need not be held twice
+        if own is not None and own.shape == module.weight.shape and torch.equal(own, module.weight.to(own.device)):
+            del tensors[key]
+    if "embed_tokens.weight" not in tensors and target.embedding.weight.shape[1] != head.hidden:
+        raise ValueError(f"draft {name} lacks embed_tokens.weight; the target's embeddings are not {head.hidden} wide")
+    vocabulary = _vocabulary(name, tensors, target.vocab_size)
+    module = EagleHead(head, tensors, target.embedding, target.lm_head)
+    claimed = head.max_positions or _EAGLE_CONTEXT
+    source = "its config's max_position_embeddings"
+    if claimed > _EAGLE_CONTEXT:
+        source = f"the {_EAGLE_CONTEXT} that EAGLE heads are trained for at most (its config claims {claimed})"
+    context = _context(name, asked, min(claimed, _EAGLE_CONTEXT), source)
+    return EagleModel(name, module, target, vocabulary, *context)
+
+
+def _check_fit(name: str, head: HeadFormat, target: HFModel) -> None:
+    hidden = target.config.hidden_size
+    if head.target_hidden != hidden:
+        raise ValueError(
+            f"draft {name} was made for a target of hidden size {head.target_hidden}; this target's is {hidden}"
+        )
+    try:
+        head.taps(target.config.num_hidden_layers)
+    except ValueError as error:
+        raise ValueError(f"draft {name}: {error}") from error
+
+
+def _vocabulary(name: str, tensors: dict[str, Tensor], vocab: int) -> Tensor | None:
+    """Return the token id of each row of the head's LM head; drop rows of ids that the target does not know.
+
+    `d2t` holds offsets: row i means token i + d2t[i].
+    """
+    table, weight = tensors.pop("d2t", None), tensors.get("lm_head.weight")
+    if weight is None:
+        return None
+    ids = torch.arange(len(weight), device=weight.device)
+    if table is not None:
+        ids = ids + table.long()
+    if len(ids.unique()) != len(ids) or int(ids.min()) < 0:
+        raise ValueError(f"draft {name}: d2t maps two rows to one token, or one to a negative id")
+    known = ids < vocab
+    for key in ("lm_head.weight", "lm_head.bias"):
+        if key in tensors and not bool(known.all()):
+            tensors[key] = tensors[key][known]
+    return None if table is None and bool(known.all()) else ids[known]
