@@ -52,8 +52,7 @@ class EagleModel:
 
     def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> "EagleDraft":
         """Start a request; see `draft.DraftModel`."""
-        rotation = self.head.layers[0].rotation
-        store = KeyValueStore(tokens, rotation, config.store == "device") if tokens else None
+        store = KeyValueStore(tokens, self.head.rotation, config.store == "device") if tokens else None
         return EagleDraft(self, capacity, tree_rows, store, config.sinks)
 
     def states(self, output: Output, rows: Sequence[int] | None = None) -> Tensor:
@@ -180,7 +179,7 @@ class EagleDraft:
             else:
                 first = self.cache.committed
                 positions = torch.arange(first, first + len(ids), device=keys.device)
-                self.cache.update(self.head.layers[0].rotation.move(keys[0], positions), values[0], 0)
+                self.cache.update(self.head.rotation.move(keys[0], positions), values[0], 0)
                 self.cache.extend(len(ids))
             self._fed += len(ids)
         elif self.store is None or self.cache.committed + len(ids) <= self.capacity:

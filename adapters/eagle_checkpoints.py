@@ -4,11 +4,11 @@ Every dialect ends in one `HeadFormat` and tensors under one set of names. What 
 is as the tensors have it. Nothing is ignored: a key too few or too many is an error.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from specx.adapters.eagle_format import HeadFormat, expected_shapes
 from specx.adapters.eagle_rope import rope_options
 from specx.adapters.weights import read_config, read_tensors
 
@@ -19,75 +19,6 @@ _REFUSED = {
     "markov": "it is a block drafter (DSpark)",
 }
 _UNUSED = ("t2d", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class HeadFormat:
-    """What a head is, whatever it was saved as.
-
-    Attributes:
-        version: "EAGLE-1/2", "EAGLE-3" or "EAGLE-3.1".
-        dialect: Whose convention its config follows: EAGLE-1/2, official, SpecForge or speculators.
-        hidden, target_hidden: Hidden sizes of the head and of the target it was made for.
-        sources: Target layers that it reads.
-        layer_ids: Those it names, None: the default ones; `ids_are_inputs`: id j is the output of layer j - 1.
-        vocab, draft_vocab: Tokens of the target and of the head's own LM head; 0: not said, none.
-        windows: Sliding window of each layer, or None.
-        residual_normed: The first layer's residual is the normed state.
-        norm: Where the final norm acts: "logits", "both" (logits and the next step's state) or "none".
-        rope: See `eagle_rope.rope_options`.
-        max_positions: What its config claims.
-        notes: What is odd about it, in words.
-    """
-
-    version: str
-    dialect: str
-    hidden: int
-    target_hidden: int
-    sources: int
-    layer_ids: tuple[int, ...] | None
-    ids_are_inputs: bool
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    layers: int
-    windows: tuple[int | None, ...]
-    eps: float
-    activation: str
-    vocab: int
-    draft_vocab: int
-    residual_normed: bool
-    norm: str
-    rope: dict[str, Any]
-    max_positions: int | None
-    notes: tuple[str, ...]
-
-    @property
-    def is_eagle3(self) -> bool:
-        """Whether it fuses several layers of the target, instead of reading its last hidden state."""
-        return self.version != "EAGLE-1/2"
-
-    def taps(self, layers: int) -> tuple[int, ...]:
-        """Return the layers of a target of `layers` layers whose outputs the head reads; see `hf.HFModel.forward`.
-
-        Raises:
-            ValueError: If the target has no such layers.
-        """
-        if not self.is_eagle3:
-            return (layers,)
-        default = (1, layers // 2 - 1, layers - 4)
-        found = self.layer_ids if self.layer_ids is not None else default
-        # Some converters copied ids that name outputs to where they name inputs: these give themselves away.
-        if self.ids_are_inputs and found != default:
-            found = tuple(each - 1 for each in found)
-        if len(found) != self.sources or any(not 0 <= each < layers for each in found):
-            raise ValueError(
-                f"the head's fc.weight reads {self.sources} layers, but in this target of {layers} layers they would "
-                f"be {list(found)} (counted from 0): it was made for another target"
-            )
-        return found
 
 
 def read_head(directory: str) -> tuple[HeadFormat, dict[str, Tensor]]:
@@ -208,6 +139,7 @@ class _Reader:
             activation=self.config.get("hidden_act") or "silu",
             vocab=self.config.get("vocab_size") or (len(embedding) if embedding is not None else 0),
             draft_vocab=self.shape("lm_head.weight")[0] if self.eagle3 or "lm_head.weight" in self.tensors else 0,
+            before_fc=self._before_fc(),
             residual_normed=bool(self.config.get("norm_before_residual")),
             norm=self._norm(),
             rope=rope_options(self.config),
@@ -236,6 +168,15 @@ class _Reader:
             return tuple(inner), False
         return (tuple(outer), True) if outer else (None, False)
 
+    def _before_fc(self) -> str:
+        found = [name for name in ("fc_norm", "input_norm") if any(each.startswith(name) for each in self.tensors)]
+        asked = [
+            name for name, flag in (("fc_norm", "fc_norm"), ("input_norm", "norm_before_fc")) if self.config.get(flag)
+        ]
+        if len(found) > 1:
+            raise ValueError(f"the head holds fc_norm and input_norm, where only one makes sense, {self.tried}")
+        return (found or asked or [""])[0]
+
     def _norm(self) -> str:
         """`norm_output` of speculators feeds the normed state back; SpecForge's only switches the norm."""
         asked = self.config.get("norm_output")
@@ -261,7 +202,7 @@ class _Reader:
         Raises:
             ValueError: Naming the key and the dialect.
         """
-        needed, optional = self._expected(head)
+        needed, optional = expected_shapes(head)
         missing = sorted(needed.keys() - self.tensors.keys())
         unknown = sorted(self.tensors.keys() - needed.keys() - optional.keys())
         if missing:
@@ -269,52 +210,6 @@ class _Reader:
         if unknown:
             raise ValueError(f"the head holds the unknown key {self.shown(unknown[0])}, {self.tried}")
         for name, shape in (optional | needed).items():
-            if name in self.tensors and self.shape(name) != shape:
-                raise ValueError(f"{self.shown(name)} is {list(self.shape(name))}, not {list(shape)}, {self.tried}")
-
-    def _expected(self, head: HeadFormat) -> tuple[Shapes, Shapes]:
-        """Return the shapes of the tensors that the head must have, and of those it may have."""
-        hidden, eagle3 = head.hidden, head.is_eagle3
-        width = head.sources * head.target_hidden + (0 if eagle3 else hidden)
-        needed: Shapes = {"fc.weight": (hidden, width)}
-        for layer in range(head.layers):
-            needed |= _layer_shapes(head, layer)
-        optional: Shapes = {name.replace("weight", "bias"): (shape[0],) for name, shape in needed.items() if shape[1:]}
-        heads = [f"layers.{layer}.self_attn." for layer in range(head.layers)]
-        optional |= {f"{each}{name}_norm.weight": (head.head_dim,) for each in heads for name in "qk"}
-        embedding = self.tensors.get("embed_tokens.weight")
-        optional["embed_tokens.weight"] = (embedding.shape[0] if embedding is not None else 0, hidden)
-        lm_head: Shapes = {"lm_head.weight": (head.draft_vocab, hidden)}
-        table: Shapes = {"d2t": (head.draft_vocab,)}
-        if not eagle3:
-            return needed, optional | lm_head | table
-        needed |= lm_head
-        (optional if head.norm == "none" else needed)["norm.weight"] = (hidden,)
-        (needed if head.vocab and head.draft_vocab < head.vocab else optional).update(table)
-        before = {f"fc_norm.{number}.weight": (head.target_hidden,) for number in range(head.sources)}
-        if self.config.get("fc_norm") or "fc_norm.0.weight" in self.tensors:
-            needed |= before
-        elif self.config.get("norm_before_fc") or "input_norm.weight" in self.tensors:
-            needed["input_norm.weight"] = (width,)
-        return needed, optional
-
-
-def _layer_shapes(head: HeadFormat, layer: int) -> Shapes:
-    hidden, queries, keys = head.hidden, head.heads * head.head_dim, head.kv_heads * head.head_dim
-    first = head.is_eagle3 and layer == 0
-    wide, prefix = 2 * hidden if first else hidden, f"layers.{layer}."
-    shapes: Shapes = {
-        "self_attn.q_proj.weight": (queries, wide),
-        "self_attn.k_proj.weight": (keys, wide),
-        "self_attn.v_proj.weight": (keys, wide),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (head.intermediate, hidden),
-        "mlp.up_proj.weight": (head.intermediate, hidden),
-        "mlp.down_proj.weight": (hidden, head.intermediate),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    if first:
-        shapes["hidden_norm.weight"] = (hidden,)
-    if first or layer > 0:
-        shapes["input_layernorm.weight"] = (hidden,)
-    return {prefix + name: shape for name, shape in shapes.items()}
+            found = self.shape(name) if name in self.tensors else shape
+            if len(found) != len(shape) or any(many not in (-1, size) for many, size in zip(shape, found, strict=True)):
+                raise ValueError(f"{self.shown(name)} is {list(found)}, not {list(shape)}, {self.tried}")

@@ -4,19 +4,20 @@ Entry i pairs the target's feature of token i with the embedding of token i + 1 
 position i. Where no true feature exists yet, in a tree, the head's own output stands in for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specx.adapters.eagle_checkpoints import HeadFormat
+from specx.adapters.eagle_format import HeadFormat
 from specx.adapters.eagle_rope import rotation
 from specx.cache import TreeCache
 from specx.hf_attention import Call
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,17 @@ class EagleHead(nn.Module):
         lm_head: Reads the head's output, where the head brings none.
     """
 
-    def __init__(self, head: HeadFormat, tensors: dict[str, Tensor], embedding: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(
+        self, head: HeadFormat, tensors: dict[str, Tensor], embedding: nn.Embedding, lm_head: nn.Linear
+    ) -> None:
         super().__init__()
         if head.activation not in _ACTIVATIONS:
             raise ValueError(f"hidden_act {head.activation!r} is not known; known: {', '.join(_ACTIVATIONS)}")
-        self.head, self.device = head, tensors["fc.weight"].device
+        self.head = head
+        self.device: torch.device = tensors["fc.weight"].device
         self.fc = _linear(tensors, "fc")
+        self.rotation, factor = rotation(head.rope, head.head_dim, self.device)
+        self.scale = head.head_dim**-0.5 * factor * factor
         self.layers = nn.ModuleList(_Layer(head, tensors, number) for number in range(head.layers))
         self.embed_norm = _norm(tensors, "layers.0.input_layernorm", head) if head.is_eagle3 else None
         self.state_norm = _norm(tensors, "layers.0.hidden_norm", head) if head.is_eagle3 else None
@@ -81,9 +87,14 @@ class EagleHead(nn.Module):
         """
         entry, hidden = self._enter(ids, states)
         keys, values = [], []
+        layer: Any  # nn.Module types no attribute of its parts
         for layer in self.layers:
-            hidden, key, value = layer(entry, hidden, cache, call)
-            entry = None
+            entry = layer.before(hidden) if layer.before is not None else entry
+            query, key, value = layer.project(entry)
+            turned = self.rotation.move(torch.cat([query, key], 1), call.positions)
+            past = cache.update(turned[:, query.shape[1] :], value, layer.number)
+            out, _ = call.attend(turned[:, : query.shape[1]], *past, layer.window, scale=self.scale)
+            hidden = layer(hidden, out)
             keys.append(key)
             values.append(value)
         cache.advance(len(ids))
@@ -92,8 +103,8 @@ class EagleHead(nn.Module):
 
     def project(self, ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first layer's keys, before rotation, and values, [1, 1, G, T, D]: they need no attention."""
-        entry, _ = self._enter(ids, states)
-        key, value = self.layers[0].keys_values(entry)
+        layer: Any = self.layers[0]
+        key, value = layer.keys_values(self._enter(ids, states)[0])
         return key[None], value[None]
 
     def logits(self, read: Tensor) -> Tensor:
@@ -111,7 +122,7 @@ class EagleHead(nn.Module):
         """Return what the first layer's attention reads, and its residual."""
         table = self.embedding.weight
         # A target may know ids beyond the head's last one.
-        embeds = self.embedding(ids.clamp(max=table.shape[0] - 1).to(table.device)).to(states)
+        embeds = self.embedding(ids.clamp(max=len(table) - 1).to(table.device)).to(states)
         if self.embed_norm is None or self.state_norm is None:
             entry = self.fc(torch.cat([embeds, states], -1))
             return entry, entry
@@ -125,9 +136,7 @@ class _Layer(nn.Module):
     def __init__(self, head: HeadFormat, tensors: dict[str, Tensor], number: int) -> None:
         super().__init__()
         self.number, self.window, self.head_dim = number, head.windows[number], head.head_dim
-        self.activation = _ACTIVATIONS[head.activation]
-        self.rotation, factor = rotation(head.rope, head.head_dim, tensors["fc.weight"].device)
-        self.scale = head.head_dim**-0.5 * factor * factor
+        self.activation: Callable[[Tensor], Tensor] = _ACTIVATIONS[head.activation]
         prefix = f"layers.{number}."
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         self.query, self.key, self.value, self.out = (_linear(tensors, f"{prefix}self_attn.{each}") for each in names)
@@ -139,25 +148,20 @@ class _Layer(nn.Module):
         self.query_norm = _norm(tensors, f"{prefix}self_attn.q_norm", head)
         self.key_norm = _norm(tensors, f"{prefix}self_attn.k_norm", head)
 
-    def forward(
-        self, entry: Tensor | None, hidden: Tensor, cache: TreeCache, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the new hidden states [T, hidden], and keys before rotation and values, [1, G, T, D].
+    def forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return the new hidden states, [T, hidden].
 
         Args:
-            entry: What attention reads; None: the normed hidden states.
             hidden: The residual.
+            attended: What attention gave, [1, H, T, D].
         """
-        if entry is None:
-            entry = hidden if self.before is None else self.before(hidden)
-        key, value = self.keys_values(entry)
-        query = self._heads(self.query(entry), self.query_norm)
-        turned = self.rotation.move(torch.cat([query, key], 1), call.positions)
-        keys, values = cache.update(turned[:, query.shape[1] :], value, self.number)
-        out, _ = call.attend(turned[:, : query.shape[1]], keys, values, self.window, scale=self.scale)
-        hidden = hidden + self.out(out[0].transpose(0, 1).flatten(1))  # [H, T, D] -> [T, H * D]
+        hidden = hidden + self.out(attended[0].transpose(0, 1).flatten(1))  # [H, T, D] -> [T, H * D]
         normed = hidden if self.after is None else self.after(hidden)
-        return hidden + self.down(self.activation(self.gate(normed)) * self.up(normed)), key, value
+        return hidden + self.down(self.activation(self.gate(normed)) * self.up(normed))
+
+    def project(self, entry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [1, H, T, D], keys and values [1, G, T, D], before rotation."""
+        return self._heads(self.query(entry), self.query_norm), *self.keys_values(entry)
 
     def keys_values(self, entry: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys, before rotation, and values, [1, G, T, D]."""

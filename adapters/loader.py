@@ -8,7 +8,8 @@ from torch import Tensor
 from specx.adapters.checkpoints import load_model
 from specx.adapters.classic import ClassicModel
 from specx.adapters.eagle import EagleModel
-from specx.adapters.eagle_checkpoints import HeadFormat, read_head
+from specx.adapters.eagle_checkpoints import read_head
+from specx.adapters.eagle_format import HeadFormat
 from specx.adapters.eagle_head import EagleHead
 from specx.adapters.names import known_draft
 from specx.adapters.weights import kind_of
@@ -70,13 +71,13 @@ def load_eagle(name: str, directory: str, target: HFModel, asked: int | None = N
     if "embed_tokens.weight" not in tensors and target.embedding.weight.shape[1] != head.hidden:
         raise ValueError(f"draft {name} lacks embed_tokens.weight; the target's embeddings are not {head.hidden} wide")
     vocabulary = _vocabulary(name, tensors, target.vocab_size)
-    module = EagleHead(head, tensors, target.embedding, target.lm_head)
+    built = EagleHead(head, tensors, target.embedding, target.lm_head)
     claimed = head.max_positions or _EAGLE_CONTEXT
     source = "its config's max_position_embeddings"
     if claimed > _EAGLE_CONTEXT:
         source = f"the {_EAGLE_CONTEXT} that EAGLE heads are trained for at most (its config claims {claimed})"
     context = _context(name, asked, min(claimed, _EAGLE_CONTEXT), source)
-    return EagleModel(name, module, target, vocabulary, *context)
+    return EagleModel(name, built, target, vocabulary, *context)
 
 
 def _check_fit(name: str, head: HeadFormat, target: HFModel) -> None:

@@ -84,12 +84,12 @@ class HFModel:
         return int(self.config.vocab_size)
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         """The input embeddings."""
         return self.model.get_input_embeddings()
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> nn.Linear:
         """The LM head."""
         return self.model.get_output_embeddings()
 

@@ -52,8 +52,9 @@ class Target:
         if self._prompt is not None and self._prompt[0] is ids and (on_chunk is None or self._recorded is not None):
             self.cache.truncate(len(ids))
             self._last = self._prompt[1]
-            for chunk in self._recorded or () if on_chunk else ():
-                on_chunk(chunk)
+            if on_chunk is not None:
+                for each in self._recorded or ():
+                    on_chunk(each)
             return self._last
         self.cache.truncate(0)
         self._prompt = None
