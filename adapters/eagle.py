@@ -176,6 +176,7 @@ class EagleDraft:
             keys, values = self.head.project(ids, states)
             if self.store is not None:
                 self.store.extend(keys, values, torch.zeros(len(ids), dtype=torch.long))
+                self._since += len(ids)  # not in the cache: `prefill` says which of them it holds
             else:
                 first = self.cache.committed
                 positions = torch.arange(first, first + len(ids), device=keys.device)
