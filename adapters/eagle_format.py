@@ -55,6 +55,26 @@ class HeadFormat:
         """Whether it fuses several layers of the target, instead of reading its last hidden state."""
         return self.version != "EAGLE-1/2"
 
+    def about(self) -> list[str]:
+        """Say what the head is, in lines for `specx doctor`."""
+        dialect = f" in the {self.dialect} dialect" if self.is_eagle3 else ""
+        layers = f"{self.layers} layer{'s' if self.layers > 1 else ''}"
+        shape = (
+            f"{layers} of hidden size {self.hidden}, {self.heads} heads of {self.head_dim} ({self.kv_heads} key/value)"
+        )
+        rope = f"rope {self.rope['rope_type']}, base {self.rope['rope_theta']:g}"
+        norms = [f"{self.before_fc} before fc"] if self.before_fc else []
+        norms += ["normed residual"] if self.residual_normed else []
+        norms += {"both": ["normed states fed back"], "none": ["no final norm"]}.get(
+            self.norm if self.is_eagle3 else "", []
+        )
+        lines = [f"{self.version}{dialect}: {shape}, {', '.join([rope, *norms])}"]
+        windows = {each for each in self.windows if each}
+        lines += [f"its own attention slides over {', '.join(map(str, windows))} positions"] if windows else []
+        table = f"a vocabulary of its own of {self.draft_vocab} tokens" if self.draft_vocab else "the target's LM head"
+        claimed = self.max_positions or "no number of"
+        return [*lines, f"it uses {table}; its config claims {claimed} positions", *self.notes]
+
     def taps(self, layers: int) -> tuple[int, ...]:
         """Return the layers of a target of `layers` layers whose outputs the head reads; see `hf.HFModel.forward`.
 

@@ -77,7 +77,11 @@ def load_eagle(name: str, directory: str, target: HFModel, asked: int | None = N
     if claimed > _EAGLE_CONTEXT:
         source = f"the {_EAGLE_CONTEXT} that EAGLE heads are trained for at most (its config claims {claimed})"
     context = _context(name, asked, min(claimed, _EAGLE_CONTEXT), source)
-    return EagleModel(name, built, target, vocabulary, *context)
+    layers = target.config.num_hidden_layers
+    named = ", ".join(map(str, head.taps(layers)))
+    read = f"the outputs of the target's layers {named} (of 0 to {layers - 1})"
+    about = [*head.about(), f"it reads {read if head.is_eagle3 else 'what the target gives its LM head'}"]
+    return EagleModel(name, built, target, vocabulary, *context, about)
 
 
 def _check_fit(name: str, head: HeadFormat, target: HFModel) -> None:

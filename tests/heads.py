@@ -163,7 +163,7 @@ def _train(model: EagleModel, ids: torch.Tensor, features: dict[int, torch.Tenso
         states, loss = model.head.fuse([features[layer] for layer in model.sources])[:count], torch.zeros(())
         truth = states.detach()
         for _ in range(2):  # the second pass reads the first one's own outputs
-            cache = TreeCache(head.head.layers, count)
+            cache = TreeCache(head.head.layers, count, one_block=False)  # autograd forbids writing into a shared one
             out = head(ids[1:-1], states, cache, model.call(cache, torch.arange(count)))
             loss = loss + F.cross_entropy(head.logits(out.read), labels)
             if not head.head.is_eagle3:

@@ -302,6 +302,70 @@ def test_a_draft_that_keeps_all_refuses_to_drop(model):
     assert isinstance(draft, EagleDraft)
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    target, folder = tiny_target(), tmp_path_factory.mktemp("deep")
+    return couple(target, fitted(target, folder, EAGLE3, (300, 9), layers=2))
+
+
+class TestDeepHeads:
+    """Of several layers, keys depend on attention: a long prompt is prefilled through a window."""
+
+    @pytest.mark.parametrize("policy", ["full", "window", "retrieval", "auto"])
+    def test_output_is_unchanged(self, deep, policy, monkeypatch):
+        monkeypatch.setattr(specx.target, "PREFILL_CHUNK", 70)
+        forward, reached = EagleHead.forward, []
+
+        def watched(head, ids, states, cache, call):
+            reached.append(int(call.positions.max()))
+            return forward(head, ids, states, cache, call)
+
+        monkeypatch.setattr(EagleHead, "forward", watched)
+        for length in (300, 9):
+            reached.clear()
+            out = deep.generate(prompt_of(length), max_new_tokens=48, policy=policy, draft_context=96, chunk_size=8)
+            assert_same(deep.target, prompt_of(length), out.tokens, own_tokens(deep.target, prompt_of(length), 48))
+            assert out.stats["tau"] > 1.3
+            assert (max(reached) < 96) == (policy != "full" or length < 96)
+
+    def test_a_prompt_that_fits_is_served_as_by_full(self, deep, monkeypatch):
+        monkeypatch.setattr(specx.target, "PREFILL_CHUNK", 32)
+        traces = [
+            deep.generate(prompt_of(90), max_new_tokens=100, policy=policy, draft_context=128, trace=True).trace
+            for policy in ("full", "auto")
+        ]
+        assert traces[0][:8] == traces[1][:8]
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_any_steps_leave_the_state_of_a_fresh_draft(self, deep, seed):
+        rng, requests, ids = random.Random(seed), Requests(deep), prompt_of(40 + seed).tolist()
+        draft, target = requests.prefilled(ids)
+        for _ in range(4):
+            ids += requests.step(draft, target, rng)
+        draft.refresh(torch.arange(20))
+        draft.refresh(torch.arange(len(ids) - 1))
+        assert_same_tree(draft.propose(PLAN), requests.prefilled(ids)[0].propose(PLAN))
+
+    def test_windows_hold_the_sinks_and_the_piece_before(self, deep, monkeypatch):
+        ids, forward, seen = prompt_of(101).tolist(), EagleHead.forward, []
+
+        def watched(head, ids, states, cache, call):
+            ((_, values),) = cache.rows(0, cache.committed)
+            seen.append((values[0].clone(), len(ids)))
+            return forward(head, ids, states, cache, call)
+
+        monkeypatch.setattr(EagleHead, "forward", watched)
+        draft, target = Requests(deep, capacity=40).prefilled(ids, torch.arange(60, 100))
+        assert [count for _, count in seen] == [20, 20, 20, 20, 19]
+        _, values = deep.draft.head.project(
+            torch.tensor(ids)[1:100], deep.draft.states(target.prefill(torch.tensor(ids[:99])))
+        )
+        for (found, _), first in zip(seen, (0, 20, 40, 60, 80), strict=True):
+            past = [*range(4), *range(first - 16, first)] if first else []
+            torch.testing.assert_close(found, values[0, :, :, past], atol=1e-4, rtol=1e-4)
+        assert (draft.cached, draft.store.length) == (39, 99)
+
+
 def test_nothing_of_the_features_is_kept(made, monkeypatch):
     """While the target prefills, the draft holds one row of features and no keys beyond its store."""
     pair, sizes = made("Llama", EAGLE3), []
