@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -31,7 +32,8 @@ def read_tensors(directory: str, names_only: bool = False) -> dict[str, Tensor]:
             found |= _safetensors(file, names_only) if file.suffix == ".safetensors" else _pickled(file, names_only)
         except Exception as error:  # whatever a broken file raises
             raise RuntimeError(
-                f"{file} cannot be read: it is damaged, or holds pickled code, which is never run ({error})"
+                f"cannot load the draft from {directory}: its {file.name} is damaged or holds pickled code, which is "
+                "never run"
             ) from error
     return found
 
@@ -45,7 +47,8 @@ def _safetensors(file: Path, names_only: bool) -> dict[str, Tensor]:
 
 
 def _pickled(file: Path, names_only: bool) -> dict[str, Tensor]:
-    content = torch.load(file, map_location="meta" if names_only else "cpu", weights_only=True)
+    place, lazily = ("meta", is_zipfile(file)) if names_only else ("cpu", False)
+    content = torch.load(file, map_location=place, weights_only=True, mmap=lazily)
     wrong = [name for name, each in content.items() if not isinstance(each, Tensor)]
     if wrong:
         raise ValueError(f"{wrong[0]} is no tensor")
