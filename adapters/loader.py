@@ -20,13 +20,21 @@ from specx.hf import HFModel
 _EAGLE_CONTEXT = 4096  # many heads claim their target's positions; none is known that was trained on longer texts
 
 
-def load_draft(draft: Any, directory: str | None, target: HFModel, asked: int | None, config: LoadConfig) -> DraftModel:
+def load_draft(
+    draft: Any,
+    directory: str | None,
+    target: HFModel,
+    asked: int | None,
+    config: LoadConfig,
+    tokens: Tensor | None = None,
+) -> DraftModel:
     """Load a draft for `target`.
 
     Args:
         draft: What the user gave: a name, a directory, a hub id or a live model.
         directory: Its local directory; None for a live model.
         asked: The draft_context that was asked for.
+        tokens: The only ones to draft, ascending ids; for heads that use the target's LM head.
 
     Raises:
         RuntimeError: A checkpoint that cannot be loaded.
@@ -34,7 +42,9 @@ def load_draft(draft: Any, directory: str | None, target: HFModel, asked: int | 
     """
     name = draft if isinstance(draft, str) else type(draft).__name__
     if directory is not None and kind_of(directory) == "eagle":
-        return load_eagle(name, directory, target, asked)
+        return load_eagle(name, directory, target, asked, tokens)
+    if tokens is not None:
+        raise ValueError(f"draft {name} has an LM head of its own; draft_vocab is for EAGLE heads that have none")
     model = draft if directory is None else load_model(directory, config, "draft")
     wrapped = HFModel(model, config.backend, hybrid=target.hybrid, flash_prefill=target.flash_prefill)
     claimed = wrapped.max_positions or 2048, "its config's max_position_embeddings"
@@ -51,8 +61,10 @@ def _context(name: str, asked: int | None, claimed: int, source: str) -> tuple[i
     return claimed, source
 
 
-def load_eagle(name: str, directory: str, target: HFModel, asked: int | None = None) -> EagleModel:
-    """Load an EAGLE head for `target`, on its device and in its dtype.
+def load_eagle(
+    name: str, directory: str, target: HFModel, asked: int | None = None, tokens: Tensor | None = None
+) -> EagleModel:
+    """Load an EAGLE head for `target`, on its device and in its dtype; see `load_draft`.
 
     Raises:
         RuntimeError: A head that cannot be read.
@@ -71,6 +83,8 @@ def load_eagle(name: str, directory: str, target: HFModel, asked: int | None = N
     if "embed_tokens.weight" not in tensors and target.embedding.weight.shape[1] != head.hidden:
         raise ValueError(f"draft {name} lacks embed_tokens.weight; the target's embeddings are not {head.hidden} wide")
     vocabulary = _vocabulary(name, tensors, target.vocab_size)
+    if tokens is not None:
+        vocabulary = _prune(name, tensors, target, tokens)
     built = EagleHead(head, tensors, target.embedding, target.lm_head)
     claimed = head.max_positions or _EAGLE_CONTEXT
     source = "its config's max_position_embeddings"
@@ -81,6 +95,8 @@ def load_eagle(name: str, directory: str, target: HFModel, asked: int | None = N
     named = ", ".join(map(str, head.taps(layers)))
     read = f"the outputs of the target's layers {named} (of 0 to {layers - 1})"
     about = [*head.about(), f"it reads {read if head.is_eagle3 else 'what the target gives its LM head'}"]
+    if tokens is not None and vocabulary is not None:
+        about.append(f"it drafts {len(vocabulary)} of the target's {target.vocab_size} tokens, as asked for")
     return EagleModel(name, built, target, vocabulary, *context, about)
 
 
@@ -114,3 +130,19 @@ def _vocabulary(name: str, tensors: dict[str, Tensor], vocab: int) -> Tensor | N
         if key in tensors and not bool(known.all()):
             tensors[key] = tensors[key][known]
     return None if table is None and bool(known.all()) else ids[known]
+
+
+def _prune(name: str, tensors: dict[str, Tensor], target: HFModel, tokens: Tensor) -> Tensor:
+    """Give a head rows of the target's LM head as its own; return the token id of each."""
+    if "lm_head.weight" in tensors:
+        raise ValueError(f"draft {name} has an LM head of its own; draft_vocab is for heads that use the target's")
+    weight, bias = target.lm_head.weight, target.lm_head.bias
+    if not weight.is_floating_point():
+        raise ValueError("draft_vocab needs a target whose LM head is not quantized")
+    ids = tokens[tokens < min(target.vocab_size, len(weight))].to(weight.device)
+    if not len(ids):
+        raise ValueError(f"draft_vocab names no token that the target knows; its ids are below {target.vocab_size}")
+    tensors["lm_head.weight"] = weight.detach()[ids].to(target.device)
+    if bias is not None:
+        tensors["lm_head.bias"] = bias.detach()[ids].to(target.device)
+    return ids.to(target.device)

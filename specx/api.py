@@ -21,6 +21,7 @@ from specx.adapters.checkpoints import (
 from specx.adapters.hub import fetch
 from specx.adapters.loader import load_draft
 from specx.adapters.names import DRAFTS, known_draft, locate
+from specx.adapters.vocabulary import read_vocabulary
 from specx.adapters.weights import kind_of
 from specx.config import LoadConfig, Settings
 from specx.decoding import decode
@@ -221,11 +222,14 @@ def load(
         tokenizer = load_tokenizer(where, config.trust_remote_code)
     if tokenizer is not None and draft_where is not None:
         _check_tokenizer(tokenizer, load_tokenizer(draft_where, config.trust_remote_code), str(draft))
+    tokens = None
+    if config.draft_vocab is not None:
+        tokens = read_vocabulary(config.draft_vocab, tokenizer, config.draft_vocab_size)
     target_model = target if where is None else load_model(where, config, "target")
     engine = _enhanced(target_model, config, specextend)
     if draft is None:
         return SpeculativeModel(engine, None, tokenizer, settings)
-    adapter = load_draft(draft, draft_where, engine, settings.cache.draft_context, config)
+    adapter = load_draft(draft, draft_where, engine, settings.cache.draft_context, config, tokens)
     return SpeculativeModel(engine, adapter, tokenizer, settings)
 
 

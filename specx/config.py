@@ -191,6 +191,12 @@ class LoadConfig(Checked):
         default=None, metadata={"help": "Trees by hybrid tree attention. Default: as --use-specextend."}
     )
     quantization: str | None = option(None, "Of the target (needs bitsandbytes).", choices=("4bit", "8bit"))
+    draft_vocab: str | None = option(
+        None,
+        "Tokens that an EAGLE head which uses the target's LM head may draft: a list of ids (.json, .pt), or a text, "
+        "whose most frequent ones are taken.",
+    )
+    draft_vocab_size: int = option(32768, "Take so many tokens of --draft-vocab at most.", low=1)
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings."})
 
 

@@ -189,7 +189,7 @@ def test_output_is_unchanged(made, monkeypatch, family, kind):
     for length in LENGTHS:
         own = own_tokens(pair.target, prompt_of(length), 48)
         assert len(set(own)) > 5
-        for policy in ("full", "window", "retrieval", "auto"):
+        for policy in ("full", "window", "retrieval", "auto") if family == "Llama" else ("full", "auto"):
             reached.clear()
             out = pair.generate(
                 prompt_of(length), max_new_tokens=48, policy=policy, chunk_size=8, draft_context=96, trace=True

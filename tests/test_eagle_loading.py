@@ -1,5 +1,8 @@
 """EAGLE heads as users name them: loading, the command line, doctor, known names."""
 
+import json
+from collections import Counter
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -132,3 +135,47 @@ class TestNames:
         assert (model.draft.draft_context, model.draft.context_source) == (2048, "the table of known names")
         asked = load(folders["target"], "eagle3-llama3.1-8b", draft_context=512).draft
         assert (asked.draft_context, asked.context_source) == (512, "asked for")
+
+
+class TestPrunedVocabularies:
+    def test_only_these_tokens_are_drafted(self, folders, tmp_path):
+        kept = sorted(range(3, 400, 7))
+        (tmp_path / "ids.json").write_text(json.dumps(kept[::-1]))
+        torch.save(torch.tensor(kept), tmp_path / "ids.pt")
+        for file in ("ids.json", "ids.pt"):
+            model = load(folders["target"], folders["eagle1"], draft_vocab=str(tmp_path / file))
+            out = model.generate(prompt_of(40), max_new_tokens=20, trace=True)
+            assert out.tokens == own_tokens(model.target, prompt_of(40), 20)
+            assert {token for step in out.trace for token in step["tokens"][1:]} <= set(kept)
+            assert "drafts 57 of the target's 400 tokens" in model.draft.about[-1]
+
+    def test_scores_are_those_of_the_kept_rows(self, folders, tmp_path):
+        (tmp_path / "ids.json").write_text(json.dumps(list(range(0, 400, 2))))
+        whole = load(folders["target"], folders["eagle1"]).draft.head
+        pruned = load(folders["target"], folders["eagle1"], draft_vocab=str(tmp_path / "ids.json")).draft.head
+        read = torch.randn(3, 48)
+        torch.testing.assert_close(pruned.logits(read), whole.logits(read)[:, ::2])
+
+    def test_of_a_text_the_most_frequent(self, folders, tmp_path):
+        (tmp_path / "text.txt").write_text("aaa bbb " * 50 + "c d e f g h")
+        model = load(folders["target"], folders["eagle1"], draft_vocab=str(tmp_path / "text.txt"), draft_vocab_size=3)
+        counts = Counter(model.tokenizer((tmp_path / "text.txt").read_text())["input_ids"])
+        assert set(model.draft.vocabulary.tolist()) == {token for token, _ in counts.most_common(3)}
+
+    @pytest.mark.parametrize(
+        ("draft", "file", "content", "message"),
+        [
+            ("eagle1", "no.json", None, "does not exist"),
+            ("eagle1", "a.json", '{"a": "b"}', "no list of token ids"),
+            ("eagle1", "a.json", "[1, 1]", "names a token twice"),
+            ("eagle1", "a.json", "[]", "names no tokens"),
+            ("eagle1", "a.json", "[400, 500]", "no token that the target knows; its ids are below 400"),
+            ("eagle3", "a.json", "[1, 2]", "has an LM head of its own"),
+            ("classic", "a.json", "[1, 2]", "has an LM head of its own"),
+        ],
+    )
+    def test_refusals(self, folders, tmp_path, draft, file, content, message):
+        if content is not None:
+            (tmp_path / file).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load(folders["target"], folders[draft], draft_vocab=str(tmp_path / file))
