@@ -73,8 +73,7 @@ def load_eagle(
     head, tensors = read_head(directory)
     _check_fit(name, head, target)
     tensors = {
-        key: tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
-        for key, tensor in tensors.items()
+        key: tensor.to(target.device, torch.long if key == "d2t" else target.dtype) for key, tensor in tensors.items()
     }
     for key, module in (("embed_tokens.weight", target.embedding), ("lm_head.weight", target.lm_head)):
         own = tensors.get(key)  # a frozen copy of the target's need not be held twice
@@ -94,7 +93,11 @@ def load_eagle(
     layers = target.config.num_hidden_layers
     named = ", ".join(map(str, head.taps(layers)))
     read = f"the outputs of the target's layers {named} (of 0 to {layers - 1})"
-    about = [*head.about(), f"it reads {read if head.is_eagle3 else 'what the target gives its LM head'}"]
+    about = [
+        *head.about(),
+        *_odd_layers(head, layers),
+        f"it reads {read if head.is_eagle3 else 'what the target gives its LM head'}",
+    ]
     if tokens is not None and vocabulary is not None:
         about.append(f"it drafts {len(vocabulary)} of the target's {target.vocab_size} tokens, as asked for")
     return EagleModel(name, built, target, vocabulary, *context, about)
@@ -112,6 +115,12 @@ def _check_fit(name: str, head: HeadFormat, target: HFModel) -> None:
         raise ValueError(f"draft {name}: {error}") from error
 
 
+def _odd_layers(head: HeadFormat, layers: int) -> list[str]:
+    if not head.ids_are_inputs or head.taps(layers) != head.layer_ids:
+        return []
+    return [f"its config names layers {list(head.layer_ids)} where ids mean inputs; as in SpecForge, they mean outputs"]
+
+
 def _vocabulary(name: str, tensors: dict[str, Tensor], vocab: int) -> Tensor | None:
     """Return the token id of each row of the head's LM head; drop rows of ids that the target does not know.
 
@@ -122,7 +131,7 @@ def _vocabulary(name: str, tensors: dict[str, Tensor], vocab: int) -> Tensor | N
         return None
     ids = torch.arange(len(weight), device=weight.device)
     if table is not None:
-        ids = ids + table.long()
+        ids = ids + table
     if len(ids.unique()) != len(ids) or int(ids.min()) < 0:
         raise ValueError(f"draft {name}: d2t maps two rows to one token, or one to a negative id")
     known = ids < vocab

@@ -10,7 +10,8 @@ from specx.rotary import Rotation
 class KeyValueStore:
     """Keys and values of the first `length` tokens of the context, in the order of the text.
 
-    Keys are stored as they were rotated, each with its position, and turned to another one when they are gathered.
+    Keys are stored as they were rotated, each with its position, and turned to another one when they are gathered; keys
+    before rotation are stored with position 0.
 
     Args:
         capacity: Tokens to allocate.

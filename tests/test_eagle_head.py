@@ -453,3 +453,20 @@ def test_a_head_without_a_base_rotates_by_10000():
     assert rope_options(nested | {"layer_types": ["full_attention"]})["rope_theta"] == 7.0
     found, _ = rotation(rope_options({}), 4, CPU)
     assert found.inv_freq.tolist() == pytest.approx([1.0, 0.01])
+
+
+def test_tables_are_float32_at_any_length():
+    """In bfloat16 the positions 4000 and 4007 would be the same."""
+    found, _ = rotation(rope_options({}), 64, CPU)
+    keys, at = torch.randn(1, 1, 8, 64).bfloat16(), torch.arange(4000, 4008)
+    angles = at.double()[:, None] * 10000.0 ** -(torch.arange(0, 64, 2).double() / 64)
+    first, second = keys.double().chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    expected = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    torch.testing.assert_close(found.move(keys, at).double(), expected, atol=2e-2, rtol=1e-2)
+
+
+def test_layers_copied_verbatim_are_told(target, tmp_path):
+    config = flat_config(eagle_aux_hidden_state_layer_ids=[1, 3, 4])
+    about = couple(target, save(tmp_path, config, head_tensors())).draft.about
+    assert any("names layers [1, 3, 4] where ids mean inputs" in line for line in about)
