@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from specx.acceptance import Walk
 from specx.config import CacheConfig
-from specx.hf import HFModel
+from specx.hf import HFModel, Output
 from specx.rotary import Rotation, find_rotation
-from specx.store import KeyValueStore
+from specx.store import KeyValueStore, rows_in_place
 from specx.tree import DraftTree, Growth, Plan, grow
 
 _CHUNK = 2048
@@ -32,6 +32,7 @@ class ClassicModel:
     """
 
     taps: Sequence[int] = ()
+    about: Sequence[str] = ()
 
     def __init__(self, name: str, model: HFModel, target_vocab: int, draft_context: int, context_source: str) -> None:
         self.name, self.model = name, model
@@ -89,6 +90,9 @@ class ClassicDraft:
         """Tokens that the next tree feeds first."""
         return len(self._ids) - self._fed
 
+    def observe(self, ids: Tensor, chunk: Output) -> None:
+        """Needs nothing of the target's layers."""
+
     def prefill(self, ids: Tensor, keep: Tensor | None) -> None:
         """Cache the prompt, or the part of it at `keep`."""
         self._ids = ids.to(self.model.device)
@@ -113,10 +117,7 @@ class ClassicDraft:
         if self.store is not None:
             self.store.append(self.cache, self._fed - self.store.length)
             keep, fed = keep[keep < self._fed], self._fed  # newer ones were not computed yet: the next tree feeds them
-        now = torch.cat([self._held, torch.arange(self._held_fed, self._fed, device=keep.device)])
-        least = min(len(now), len(keep))
-        differs = (now[:least] != keep[:least]).nonzero()
-        same = int(differs[0]) if len(differs) else least
+        same = rows_in_place(self._held, self._held_fed, self._fed, keep)
         self.cache.truncate(same)
         if self.store is not None:
             self.store.gather(keep[same:], self.cache)
@@ -141,7 +142,7 @@ class ClassicDraft:
         self._growth = grow(int(self._ids[-1]), logits, expand, plan)
         return self._growth.tree
 
-    def accept(self, walk: Walk) -> None:
+    def accept(self, walk: Walk, step: Output | None = None) -> None:
         """Keep the cached rows of the accepted nodes; deeper nodes were never fed and wait for the next tree."""
         rows: list[int] = []
         if self._growth is not None:

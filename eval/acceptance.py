@@ -66,7 +66,7 @@ def measure(
             ids = span.prompt(context).to(model.engine.device)
             for layer in dict.fromkeys(layers.values()):
                 taps = model.draft.taps if model.draft else ()
-                target = Target(model.engine, context + span.length + 256, layer, taps)
+                target = Target(model.engine, context + span.length + 256, layer, taps, record=bool(taps))
                 for text, each in settings.items():
                     if layers[text] == layer:
                         yield _row(model, span, context, text) | _along(model, target, ids, span, each)

@@ -18,9 +18,11 @@ from specx.adapters.checkpoints import (
     load_model,
     load_tokenizer,
 )
-from specx.adapters.classic import ClassicModel
 from specx.adapters.hub import fetch
+from specx.adapters.loader import load_draft
 from specx.adapters.names import DRAFTS, known_draft, locate
+from specx.adapters.vocabulary import read_vocabulary
+from specx.adapters.weights import kind_of
 from specx.config import LoadConfig, Settings
 from specx.decoding import decode
 from specx.draft import DraftModel
@@ -220,12 +222,14 @@ def load(
         tokenizer = load_tokenizer(where, config.trust_remote_code)
     if tokenizer is not None and draft_where is not None:
         _check_tokenizer(tokenizer, load_tokenizer(draft_where, config.trust_remote_code), str(draft))
+    tokens = None
+    if config.draft_vocab is not None:
+        tokens = read_vocabulary(config.draft_vocab, tokenizer, config.draft_vocab_size)
     target_model = target if where is None else load_model(where, config, "target")
     engine = _enhanced(target_model, config, specextend)
     if draft is None:
         return SpeculativeModel(engine, None, tokenizer, settings)
-    draft_model = draft if draft_where is None else load_model(draft_where, config, "draft")
-    adapter = _classic(draft, draft_model, engine, settings, config, specextend)
+    adapter = load_draft(draft, draft_where, engine, settings.cache.draft_context, config, tokens)
     return SpeculativeModel(engine, adapter, tokenizer, settings)
 
 
@@ -241,7 +245,8 @@ def _directory(given: Any, role: Literal["target", "draft"], trust_remote_code: 
         raise ValueError(f"{role} must be a name, a directory or a transformers model; got {type(given).__name__}")
     directory = fetch(locate(given, role), role)
     check_files(directory, role)
-    check_config(directory, role, trust_remote_code)
+    if role == "target" or kind_of(directory) == "classic":  # the others' configs are not transformers'
+        check_config(directory, role, trust_remote_code)
     return directory
 
 
@@ -270,18 +275,3 @@ def _check_tokenizer(target: Any, draft: Any | None, name: str) -> None:
 def _enhanced(model: PreTrainedModel, config: LoadConfig, specextend: bool) -> HFModel:
     hybrid, flash = (specextend if it is None else it for it in (config.hybrid_attention, config.flash_prefill))
     return HFModel(model, config.backend, hybrid, flash, config.pack_weights, config.graphs)
-
-
-def _classic(
-    draft: Any, model: Any, engine: HFModel, settings: Settings, config: LoadConfig, specextend: bool
-) -> ClassicModel:
-    name = draft if isinstance(draft, str) else type(model).__name__
-    known = known_draft(name)
-    wrapped = _enhanced(model, config, specextend)
-    claimed = wrapped.max_positions or 2048
-    context, source = claimed, "its config's max_position_embeddings"
-    if known:
-        context, source = known.draft_context, "the table of known names"
-    if settings.cache.draft_context:
-        context, source = settings.cache.draft_context, "asked for"
-    return ClassicModel(name, wrapped, engine.vocab_size, context, source)

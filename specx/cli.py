@@ -178,10 +178,11 @@ def models() -> None:
     click.echo("drafts")
     for name, known in DRAFTS.items():
         repo = known.repo if "/" in known.repo else "(bundled)"
-        click.echo(f"  {name:<14}{repo:<28}{known.kind}, context {known.draft_context}, for {known.target}")
+        context = known.draft_context or "by its config"
+        click.echo(f"  {name:<29}{repo:<45}{known.kind}, context {context}, for {known.target}")
     click.echo("targets")
     for name, repo in TARGETS.items():
-        click.echo(f"  {name:<14}{repo if '/' in repo else '(bundled)'}")
+        click.echo(f"  {name:<29}{repo if '/' in repo else '(bundled)'}")
 
 
 main.add_command(evaluate)

@@ -203,6 +203,12 @@ class LoadConfig(Checked):
         metadata={"help": "Steps of static shapes, captured as CUDA graphs. Default: on CUDA, where they can be."},
     )
     quantization: str | None = option(None, "Of the target (needs bitsandbytes).", choices=("4bit", "8bit"))
+    draft_vocab: str | None = option(
+        None,
+        "Tokens that an EAGLE head which uses the target's LM head may draft: a list of ids (.json, .pt), or a text, "
+        "whose most frequent ones are taken.",
+    )
+    draft_vocab_size: int = option(32768, "Take so many tokens of --draft-vocab at most.", low=1)
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings."})
 
 

@@ -12,7 +12,7 @@ from specx.config import Settings
 from specx.controller import FixedController
 from specx.draft import Draft, DraftModel
 from specx.generation import Generation, Piece
-from specx.hf import HFModel
+from specx.hf import HFModel, Output
 from specx.hf_config import end_ids, logits_processors
 from specx.retrieval import CachePolicy, Kept
 from specx.sampling import TokenChooser
@@ -20,6 +20,10 @@ from specx.target import Target
 from specx.tree import DraftTree
 
 StopCheck = Callable[[int], bool]
+_WHY_NOT = {
+    "gather": "this draft's keys cannot be moved to other positions",
+    "recompute": "what this draft computes its keys from is not kept",
+}
 
 
 class Chooser(Protocol):
@@ -63,7 +67,7 @@ def decode(
 def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
     target, draft, out, settings = request.target, request.draft, request.out, request.settings
     with out.clock("first"):
-        step = target.prefill(ids)
+        step = target.prefill(ids, request.observe if request.taps else None)
         root = request.chooser.choose(step.logits, DraftTree.single(int(ids[-1]), ids.device), ids[:-1])[0]
         done = request.emit(request.cut(Walk((0,), (root,), 0)))
         if not done:
@@ -82,7 +86,7 @@ def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
         target.keep(found.path)
         if draft:
             with out.clock("draft"):
-                draft.accept(found)
+                draft.accept(found, step)
         request.last_node = found.path[-1]
         done = request.emit(found)
         request.record(tree, found)
@@ -109,19 +113,19 @@ class _Request:
         self.policy = self._policy(model, draft_model, len(ids) + wanted) if draft_model else None
         scored = self.policy is not None and self.policy.top_chunks > 0
         layer = settings.cache.score_layer if settings.cache.score_layer is not None else model.score_layer()
-        self.target = target or Target(
-            model, len(ids) + wanted + tree.nodes, layer if scored else None, draft_model.taps if draft_model else ()
-        )
+        self.taps = tuple(draft_model.taps) if draft_model else ()
+        if target and not set(self.taps) <= set(target.taps):
+            raise ValueError(f"the draft reads layers {self.taps} of the target, which was made to give {target.taps}")
+        self.target = target or Target(model, len(ids) + wanted + tree.nodes, layer if scored else None, self.taps)
         self.draft: Draft | None = None
         if draft_model and self.policy:
             tokens = len(ids) + wanted
             rows = tokens if self.policy.name == "full" else min(tokens, self.policy.limit)
             drops = not self.policy.fits(tokens)
             self.draft = draft_model.start(rows, tree.beam * tree.depth, tokens if drops else 0, settings.cache)
-            if drops and settings.cache.refill == "gather" != self.draft.refill:
-                out.notes.append(
-                    f"refill gather became {self.draft.refill}: this draft's keys cannot be moved to other positions"
-                )
+            asked, refill = settings.cache.refill, self.draft.refill
+            if drops and asked and asked != refill:
+                out.notes.append(f"refill {asked} became {refill}: {_WHY_NOT[asked]}")
         self.controller = FixedController(tree if draft_model else None)
         processors = logits_processors(model.model, settings.sampling, ids, wanted)
         self.chooser: Chooser = chooser or TokenChooser(processors, settings.sampling, model.device)
@@ -164,6 +168,11 @@ class _Request:
             name = "window"
             self.out.notes.append("retrieval became window: every layer of the target slides, none sees the context")
         return CachePolicy.plan(name, config, self.settings.tree, context)
+
+    def observe(self, chunk: Output) -> None:
+        """Pass on what the target's layers give while it prefills."""
+        if self.draft:
+            self.draft.observe(self.ids[: self.out.prompt_tokens], chunk)
 
     def prefill_draft(self, root: int) -> None:
         """Give the draft the prompt (all of it while it fits, else what the policy keeps), then the root."""

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import specx
-from specx.adapters.checkpoints import compare_tokenizers, load_tokenizer
+from specx.adapters.checkpoints import check_files, compare_tokenizers, load_tokenizer
 from specx.adapters.classic import ClassicModel
+from specx.adapters.eagle_checkpoints import read_head
 from specx.adapters.hub import fetch
-from specx.adapters.names import locate
+from specx.adapters.names import known_draft, locate
+from specx.adapters.weights import kind_of
 from specx.api import SpeculativeModel, load
 from specx.data.prompts import demo_prompt
 from specx.hf import HFModel
@@ -31,6 +33,11 @@ def report(target: str | None, draft: str | None, specextend: bool, options: dic
     count = torch.cuda.device_count()
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "no CUDA"
     yield _line("devices", f"cpu ({torch.get_num_threads()} threads), {names}"), True
+    if target is None and draft is not None and known_draft(draft) is None:
+        alone = list(_draft_alone(draft))
+        yield from alone
+        if alone:
+            return
     try:
         model = load(target, draft, specextend=specextend, **options)
     except (ValueError, RuntimeError) as error:
@@ -51,9 +58,28 @@ def report(target: str | None, draft: str | None, specextend: bool, options: dic
         yield _line("draft", "none: plain decoding"), True
         return
     yield _line("draft", model.draft.name), True
+    for line in model.draft.about:
+        yield _line("head", line), True
     yield _line("context", f"draft_context {model.draft.draft_context}, from {model.draft.context_source}"), True
     yield _tokenizers(model, draft or "demo", bool(options.get("trust_remote_code")))
     yield _probe(model)
+
+
+def _draft_alone(draft: str) -> Iterator[Finding]:
+    """Say what a draft that is no model of its own is; nothing where it is one, or is not there."""
+    try:
+        directory = fetch(locate(draft, "draft"), "draft")
+        check_files(directory, "draft")
+        if kind_of(directory) != "eagle":
+            return
+        head, _ = read_head(directory)
+    except (ValueError, RuntimeError) as error:
+        yield _line("draft", f"FAILED: {error}"), False
+        return
+    yield _line("draft", draft), True
+    for line in head.about():
+        yield _line("head", line), True
+    yield _line("target", "not named, and this draft is not among the known names: --target checks the pair"), True
 
 
 def _line(subject: str, text: str) -> str:

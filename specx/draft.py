@@ -7,6 +7,7 @@ from torch import Tensor
 
 from specx.acceptance import Walk
 from specx.config import CacheConfig
+from specx.hf import Output
 from specx.tree import DraftTree, Plan
 
 
@@ -28,6 +29,13 @@ class Draft(Protocol):
         """How a refresh fills the cache: "recompute" or "gather"."""
         ...
 
+    def observe(self, ids: Tensor, chunk: Output) -> None:
+        """Take what the target's layers gave for the next tokens of the prompt `ids`, int64 [L], while it prefills.
+
+        Called before `prefill`, once for every chunk in order, and only where the model names `taps`.
+        """
+        ...
+
     def prefill(self, ids: Tensor, keep: Tensor | None) -> None:
         """Take the prompt, int64 [L]; cache the tokens at the ascending indices `keep`, or all of them."""
         ...
@@ -40,8 +48,12 @@ class Draft(Protocol):
         """Grow a tree whose root is the newest token."""
         ...
 
-    def accept(self, walk: Walk) -> None:
-        """Take over a verified step: the path through the tree proposed last, and the tokens it emitted."""
+    def accept(self, walk: Walk, step: Output) -> None:
+        """Take over a verified step: the path through the tree proposed last, and the tokens it emitted.
+
+        Args:
+            step: What the target gave for the tree's nodes, the tapped layers' outputs among it.
+        """
         ...
 
     def refresh(self, keep: Tensor) -> None:
@@ -57,7 +69,8 @@ class DraftModel(Protocol):
         draft_context: Positions it was trained for.
         context_source: Where that number comes from, in words.
         max_positions: Positions that it can compute at all; None: no limit.
-        taps: Target layers whose outputs it needs.
+        taps: Target layers whose outputs it needs (see `hf.HFModel.forward`).
+        about: What was found in its files, in words, for `specx doctor`.
     """
 
     name: str
@@ -65,6 +78,7 @@ class DraftModel(Protocol):
     context_source: str
     max_positions: int | None
     taps: Sequence[int]
+    about: Sequence[str]
 
     def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> Draft:
         """Start a request whose cache reaches `capacity` tokens, plus `tree_rows` rows of a growing tree.

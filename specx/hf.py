@@ -100,6 +100,16 @@ class HFModel:
         return int(self.config.vocab_size)
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The input embeddings."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """The LM head."""
+        return self.model.get_output_embeddings()
+
+    @property
     def max_positions(self) -> int | None:
         """Positions that the config claims, or None."""
         return getattr(self.config, "max_position_embeddings", None)
@@ -168,7 +178,8 @@ class HFModel:
             mask: bool [T, P] over the pending rows, new ones last; None: causal, with nothing pending before.
             tail_positions: int64 [P]; None: `positions`.
             keep_logits: Logits of the last n tokens only; None: all.
-            taps: Decoder layers whose outputs (raw, before the final norm) are returned.
+            taps: Decoder layers whose outputs (raw, before the final norm) are returned; the number of layers itself
+                stands for what the LM head reads, after that norm.
             score_layer: Layer whose queries are kept.
             context: Length of the prompt that these tokens are a chunk of; 0: they are no part of a longer one.
         """
@@ -235,6 +246,14 @@ class HFModel:
         """Return the devices that the model lies on."""
         return set(getattr(self.model, "hf_device_map", {}).values()) or {self.device}
 
+    def _stack(self) -> list[nn.Module]:
+        """Return the decoder's layers, and behind them the decoder itself, which ends with the final norm."""
+        decoder, count = self.model.get_decoder(), self.config.num_hidden_layers
+        lists = [each for each in decoder.modules() if isinstance(each, nn.ModuleList) and len(each) == count]
+        if not lists:
+            raise ValueError(f"{type(self.model).__name__} has no list of {count} layers whose outputs could be read")
+        return [*lists[0], decoder]
+
     @contextmanager
     def _enabled(self, call: Call | StaticCall) -> Iterator[None]:
         before = [config._attn_implementation for config in self._configs]
@@ -282,12 +301,12 @@ class HFModel:
 
         def keep(layer: int) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                features[layer] = (output[0] if isinstance(output, tuple) else output)[0].detach()
+                features[layer] = (output if isinstance(output, Tensor) else output[0])[0].detach()
 
             return hook
 
-        stack = self.model.get_decoder().layers if layers else ()
-        handles = [stack[layer].register_forward_hook(keep(layer)) for layer in layers]
+        stack = self._stack() if layers else ()
+        handles = [stack[layer].register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers)]
         try:
             yield features
         finally:

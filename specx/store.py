@@ -10,7 +10,8 @@ from specx.rotary import Rotation
 class KeyValueStore:
     """Keys and values of the first `length` tokens of the context, in the order of the text.
 
-    Keys are stored as they were rotated, each with its position, and turned to another one when they are gathered.
+    Keys are stored as they were rotated, each with its position, and turned to another one when they are gathered; keys
+    before rotation are stored with position 0.
 
     Args:
         capacity: Tokens to allocate.
@@ -26,16 +27,25 @@ class KeyValueStore:
 
     def append(self, cache: TreeCache, rows: int) -> None:
         """Take over the newest `rows` committed rows of `cache`, tokens length .. length + rows of the context."""
-        if self.length + rows > self.capacity:
-            raise ValueError(f"cannot store {rows} more tokens: {self.length} of {self.capacity} places are taken")
         first, last = cache.committed - rows, cache.committed
         ((keys, values),) = cache.rows(first, last)
+        self.extend(keys, values, torch.arange(first, last))
+
+    def extend(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Take over the next tokens' keys and values, [layers, B, G, K, D].
+
+        Args:
+            positions: That the keys were rotated to, int64 [K]; 0 for keys that were not rotated.
+        """
+        rows = len(positions)
+        if self.length + rows > self.capacity:
+            raise ValueError(f"cannot store {rows} more tokens: {self.length} of {self.capacity} places are taken")
         if self._keys is None or self._values is None:
             self._keys, self._values = self._empty(keys), self._empty(values)
         new = slice(self.length, self.length + rows)
         self._keys[:, :, :, new].copy_(keys)
         self._values[:, :, :, new].copy_(values)
-        self._positions[new] = torch.arange(first, last)
+        self._positions[new] = positions
         self.length += rows
 
     def gather(self, indices: Tensor, cache: TreeCache) -> None:
@@ -60,3 +70,16 @@ class KeyValueStore:
         if self.on_device:
             return like.new_empty(shape)
         return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+
+
+def rows_in_place(held: Tensor, since: int, fed: int, keep: Tensor) -> int:
+    """Return how many of a cache's first rows already are the ones to keep.
+
+    Args:
+        held: Tokens that it held when it was rebuilt last, int64 [n]; all of [since, fed) follow them.
+        keep: Tokens that it is to hold, int64 [K].
+    """
+    now = torch.cat([held, torch.arange(since, fed, device=held.device)])
+    least = min(len(now), len(keep))
+    differs = (now[:least] != keep[:least].to(now.device)).nonzero()
+    return int(differs[0]) if len(differs) else least

@@ -1,6 +1,7 @@
 """The target: the model whose output is wanted, seen as prefill, verify, keep."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,28 +22,44 @@ class Target:
         capacity: Rows of the cache: prompt, new tokens and the nodes of one tree.
         score_layer: Layer whose attention scores the context; None: no scores.
         taps: Decoder layers whose outputs a draft wants (`Output.features`).
+        record: Keep those of the prompt, in host memory, so that several runs after one prompt can stream them again.
     """
 
-    def __init__(self, model: HFModel, capacity: int, score_layer: int | None = None, taps: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: HFModel,
+        capacity: int,
+        score_layer: int | None = None,
+        taps: Sequence[int] = (),
+        record: bool = False,
+    ) -> None:
         self.model, self.score_layer, self.taps = model, score_layer, tuple(taps)
         self.cache = model.new_cache(capacity)
         self._last: Output | None = None
         self._prompt: tuple[Tensor, Output] | None = None
+        self._recorded: list[Output] | None = [] if record else None
 
     def prefill(self, ids: Tensor, on_chunk: Callable[[Output], None] | None = None) -> Output:
         """Run the prompt in chunks and return the output of the last one: logits [1, V] of its last row.
 
-        The same tensor once more only goes back to its end: several runs after one prompt pay for it once.
+        The same tensor once more only goes back to its end: several runs after one prompt pay for it once. With
+        `on_chunk` they do if this target records, and run the prompt again if not.
 
         Args:
             ids: int64 [L].
             on_chunk: Called with every chunk's output, for drafts that stream features.
         """
-        if self._prompt is not None and self._prompt[0] is ids and on_chunk is None:
+        if self._prompt is not None and self._prompt[0] is ids and (on_chunk is None or self._recorded is not None):
             self.cache.truncate(len(ids))
             self._last = self._prompt[1]
+            if on_chunk is not None:
+                for each in self._recorded or ():
+                    on_chunk(each)
             return self._last
         self.cache.truncate(0)
+        self._prompt = None
+        if self._recorded is not None:
+            self._recorded.clear()
         for first in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[first : first + PREFILL_CHUNK]
             positions = torch.arange(first, first + len(chunk), device=ids.device)
@@ -56,6 +73,9 @@ class Target:
                 context=len(ids),
             )
             self.cache.commit(range(len(chunk)))
+            if self._recorded is not None:
+                host = {layer: features.cpu() for layer, features in self._last.features.items()}
+                self._recorded.append(replace(self._last, features=host))
             if on_chunk is not None:
                 on_chunk(self._last)
         assert self._last is not None

@@ -83,7 +83,13 @@ class Growth:
     rows: Tensor
 
 
-def grow(root: int, root_logits: Tensor, expand: Callable[[Tensor, Tensor, int], Tensor], plan: Plan) -> Growth:
+def grow(
+    root: int,
+    root_logits: Tensor,
+    expand: Callable[[Tensor, Tensor, int], Tensor],
+    plan: Plan,
+    vocabulary: Tensor | None = None,
+) -> Growth:
     """Grow a draft tree best-first.
 
     Args:
@@ -93,17 +99,20 @@ def grow(root: int, root_logits: Tensor, expand: Callable[[Tensor, Tensor, int],
             [W, V]. Its rows follow those of earlier levels; `mask` (bool) says which of the R rows each node sees.
         plan: Size of the tree. At most plan.depth calls of `expand` are made, and the candidates of the last one
             take part in the selection.
+        vocabulary: Token id of each column of the logits, int64 [V], where they are not 0, 1, ...
     """
     beam = min(plan.beam, root_logits.shape[-1])
     device = root_logits.device
-    scores, tokens = torch.log_softmax(root_logits.float(), -1).topk(beam)
+    scores, columns = torch.log_softmax(root_logits.float(), -1).topk(beam)
+    tokens = columns if vocabulary is None else vocabulary[columns]
     pool = _Pool(tokens, scores, torch.zeros(beam, dtype=torch.long, device=device))
     frontier = torch.arange(1, beam + 1, device=device)  # candidate ids; 0 is the root
     eye = torch.eye(beam, dtype=torch.bool, device=device)
     mask, expanded = eye, []
     gain = pool.expected_tokens(plan) if plan.threshold is not None else 0.0
     for level in range(plan.depth):
-        child_scores, child_tokens = torch.log_softmax(expand(tokens, mask, level).float(), -1).topk(beam)
+        child_scores, columns = torch.log_softmax(expand(tokens, mask, level).float(), -1).topk(beam)
+        child_tokens = columns if vocabulary is None else vocabulary[columns]
         expanded.append(frontier)
         first = pool.add(
             child_tokens.flatten(), (scores[:, None] + child_scores).flatten(), frontier.repeat_interleave(beam)

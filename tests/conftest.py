@@ -1,7 +1,9 @@
 """Tiny random models, made once a session. No download, no GPU."""
 
 import copy
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,13 @@ from specx.api import SpeculativeModel
 from specx.hf import HFModel
 
 torch.set_num_threads(1)  # threads only wait for each other on models this small
+
+
+def shared(*parts: str) -> Path | None:
+    """A folder of data that is no part of the repository: beside the checkout, or in SPECX_SHARED; None: not there."""
+    beside = Path(__file__).resolve().parent.parent.parent / "shared"
+    found = Path(os.environ.get("SPECX_SHARED", beside)).joinpath(*parts)
+    return found if found.is_dir() else None
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:

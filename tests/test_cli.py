@@ -491,6 +491,7 @@ RUN = {each.name for config in (StopConfig, SamplingConfig, CacheConfig, TreeCon
 ISSUE = """target draft use-specextend no-specextend input prompt chat no-chat max-samples max-new-tokens temperature
     top-k top-p repetition-penalty seed stop policy draft-context chunk-size top-chunks retrieve-every sinks recent
     refill store score-heads score-layer nodes depth beam tree-threshold backend dtype device device-map quantization
+    draft-vocab draft-vocab-size
     trust-remote-code flash-prefill no-flash-prefill hybrid-attention no-hybrid-attention compare stats-json verbose
     debug help"""
 

@@ -91,9 +91,9 @@ class TestAcceptance:
         made = []
 
         class Counted(Target):
-            def __init__(self, *args):
+            def __init__(self, *args, **options):
                 made.append(args[2])
-                super().__init__(*args)
+                super().__init__(*args, **options)
 
         monkeypatch.setattr(acceptance, "Target", Counted)
         methods = "full,window,auto:score_layer=2,retrieval:score_layer=1"
