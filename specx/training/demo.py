@@ -18,12 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specx.data import stdlib
 from specx.training.card import card
 from specx.training.corpus import WindowSampler, encode_groups, read_groups, train_tokenizer
+from specx.training.eagle import TrainableHead, head_config
 
 VOCAB_SIZE = 4096
 SAVE_SECONDS = 300
@@ -98,7 +100,7 @@ DRAFT = Recipe(
 
 # Later runs go on from the weights of the one before: warmed up again, with other windows. The bundled draft was
 # distilled from the target as it was after its third run.
-RECIPES = {
+RECIPES: dict[str, tuple[Recipe, ...]] = {
     "target": (
         TARGET,
         replace(
@@ -173,6 +175,30 @@ RECIPES = {
         ),
     ),
 }
+HEADS = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}
+HEAD_CARD = """---
+license: apache-2.0
+---
+# specx demo-{name}
+
+An {version} head ({count:.1f}M parameters) for specx's demo-target, which ships with specx. It drafts Python.
+
+- Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of {length}, without
+  the modules of `specx.data.stdlib.HELD_OUT` and their tests. It learns the target's own distribution.
+- Command: `python -m specx.training.demo --out DIR --part target --part {name}`
+- Licence: Apache-2.0.
+"""
+for version in HEADS:
+    head = Recipe(
+        model={"version": version, "intermediate_size": 688},
+        tokens=1_250_000,
+        learning_rate=3e-3,
+        phases=((1.0, 4, 1024),),
+        copy_rate=0.0,
+        copies=2,
+        scramble=0.1,
+    )
+    RECIPES[version] = (head,)
 
 
 def _causal_attention(
@@ -226,7 +252,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, device: str, teacher: LlamaForCausalLM | None = None) -> None:
         self.recipe, self.device, self.teacher = recipe, device, teacher
-        self.model = build(recipe).to(device)
+        self.model: Any = self.build().to(device)
         named = list(self.model.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in named if p.ndim != 2 or "embed" in name]
@@ -236,11 +262,15 @@ class Trainer:
         ]
         self.run = self.steps = self.tokens = 0
 
+    def build(self) -> nn.Module:
+        """Return the model with its first weights."""
+        return build(self.recipe)
+
     def begin(self, run: int, recipe: Recipe) -> None:
         """Take up a run of the model's training: where it was left, or at its start."""
         if run > self.run:
             self.run, self.steps, self.tokens = run, 0, 0
-            for layer in self.model.model.layers:
+            for layer in self.model.model.layers if recipe.sharpen != 1 else ():
                 layer.self_attn.q_proj.weight.data *= recipe.sharpen
         self.recipe = recipe
 
@@ -288,16 +318,31 @@ class Trainer:
             self.run, self.steps, self.tokens = content["run"], content["steps"], content["tokens"]
 
 
+class HeadTrainer(Trainer):
+    """An EAGLE head over the finished target, its teacher."""
+
+    def build(self) -> nn.Module:
+        """Return the head with its first weights."""
+        assert self.teacher is not None
+        torch.manual_seed(self.recipe.seed)
+        return TrainableHead(self.recipe.model["version"], self.teacher, self.recipe.model["intermediate_size"])
+
+    def loss(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Loss of the head in its own units; its windows have one token more."""
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+            return self.model.loss(tokens)
+
+
 def train(
     recipes: tuple[Recipe, ...],
     groups: list[np.ndarray],
     folder: Path,
     device: str,
     teacher: LlamaForCausalLM | None = None,
-) -> LlamaForCausalLM:
+) -> Any:
     """Train one model, resuming from `folder/state.pt` where there is one; losses go to `folder/log.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipes[0], device, teacher)
+    trainer = (HeadTrainer if "version" in recipes[0].model else Trainer)(recipes[0], device, teacher)
     trainer.resume(folder / "state.pt")
     columns = (
         TextColumn("{task.description}"),
@@ -377,9 +422,26 @@ def main(out: Path, parts: tuple[str, ...], device: str) -> None:
     for name in parts or RECIPES:
         (out / name).mkdir(exist_ok=True)
         (out / name / "recipe.json").write_text(json.dumps([asdict(r) for r in RECIPES[name]], indent=1))
-        teacher = teacher_from(out / "demo-target", device) if name == "draft" else None
+        teacher = teacher_from(out / "demo-target", device) if name != "target" else None
         model = train(RECIPES[name], groups, out / name, device, teacher).to(torch.bfloat16)
-        export(name, model, tokenizer, out / f"demo-{name}")
+        if teacher is not None and name in HEADS:
+            export_head(name, model, out / f"demo-{name}")
+        else:
+            export(name, model, tokenizer, out / f"demo-{name}")
+
+
+def export_head(name: str, model: TrainableHead, folder: Path) -> None:
+    """Write a head as its authors' own training does, with a card."""
+    folder.mkdir(exist_ok=True)
+    save_file({key: each.contiguous() for key, each in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(head_config(model, RECIPES[name][0].phases[-1][2]), indent=2) + "\n")
+    count = sum(each.numel() for each in model.parameters())
+    recipe = RECIPES[name][0]
+    (folder / "README.md").write_text(
+        HEAD_CARD.format(
+            name=name, version=HEADS[name], count=count / 1e6, tokens=recipe.tokens, length=recipe.phases[-1][2]
+        )
+    )
 
 
 def teacher_from(folder: Path, device: str) -> LlamaForCausalLM:
