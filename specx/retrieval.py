@@ -48,7 +48,7 @@ def chunk_scores(
         ):
             rows = torch.tensor([length], dtype=torch.int32, device=key.device)
             options: dict[str, Any] = {"scale": scale, "softcap": softcap, "chunk_size": chunk_size, "heads": heads}
-            return kernel_launch.chunk_scores(key, query.to(key.dtype), lse, rows, **options)
+            return kernel_launch.chunk_scores(key, query.to(key.dtype), lse.contiguous(), rows, **options)
     packed = query.reshape(groups, -1, dim).to(key.dtype)
     if key.dtype == torch.float32:
         scores = torch.matmul(packed, key.transpose(1, 2))  # [G, H/G, L]
