@@ -391,7 +391,7 @@ def chunk_scores(
     scores = torch.empty(query.shape[0], chunks, dtype=torch.float32, device=key.device)
     with _launching_on(key.device):
         chunk_scores_kernel[(splits, groups)](
-            query, key, lse, length, scores, inner, factor, chunks, query.stride(0), *key.stride()[:2],
+            query, key, lse, length, scores, inner, factor, capacity, query.stride(0), *key.stride()[:2],
             SHARE=share, BLOCK_H=max(16, triton.next_power_of_2(share)), DIM=dim, PADDED=triton.next_power_of_2(dim),
             CHUNK=chunk_size, SPAN=span, TILE=tile, CAPPED=softcap is not None, num_warps=4, num_stages=stages,
             **_OPTIONS,
