@@ -52,19 +52,20 @@ def attention_plan(dim: int, rows: int, dtype: torch.dtype, shared_limit: int = 
     while the keys' way from memory is what takes the time. 128 rows need the registers of eight warps and, for keys
     that are used this often, Hopper's shared memory. The numbers are those whose compiled code spills no register.
     """
-    padded = triton.next_power_of_2(dim)
+    padded, hopper = triton.next_power_of_2(dim), shared_limit > 200 << 10
     block_m = min(max(triton.next_power_of_2(rows), 16), 128)
     if dtype == torch.float32:  # no tensor cores: plain multiply-adds, whose operands live in registers
         plan = Plan(min(block_m, 32 if dim == padded else 16), 32 if padded <= 128 else 16, 8, 2, 1)
     elif padded == 256:
         plan = Plan(block_m, 32, 4, 3, 2) if block_m < 64 else Plan(64, 32, 8, 3, 1)
-    elif block_m == 128 and shared_limit > 200 << 10:
+    elif block_m == 128 and hopper:
         plan = Plan(128, 64, 8, 3, 1)
     elif block_m >= 64:
         plan = Plan(64, 64, 4, 2 if padded == 128 else 3, 2)
     else:
         plan = Plan(block_m, 64 if padded == 128 else 128, 4, 3, 2)
-    if dim != padded and plan.block_m <= 64 and dtype != torch.float32:  # masked dims need registers of their own
+    crowded = dim != padded or (padded == 128 and plan.block_m == 64 and not hopper)
+    if crowded and plan.block_m <= 64 and dtype != torch.float32:  # masks, or operands, need registers of their own
         plan = replace(plan, block_n=32, stages=4)
     while plan.shared(padded, dtype.itemsize) > shared_limit and plan.block_n > 16:
         deep = plan.stages > 2
@@ -391,7 +392,7 @@ def chunk_scores(
     scores = torch.empty(query.shape[0], chunks, dtype=torch.float32, device=key.device)
     with _launching_on(key.device):
         chunk_scores_kernel[(splits, groups)](
-            query, key, lse, length, scores, inner, factor, chunks, query.stride(0), *key.stride()[:2],
+            query, key, lse, length, scores, inner, factor, capacity, query.stride(0), *key.stride()[:2],
             SHARE=share, BLOCK_H=max(16, triton.next_power_of_2(share)), DIM=dim, PADDED=triton.next_power_of_2(dim),
             CHUNK=chunk_size, SPAN=span, TILE=tile, CAPPED=softcap is not None, num_warps=4, num_stages=stages,
             **_OPTIONS,

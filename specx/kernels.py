@@ -186,8 +186,9 @@ def merge_splits_kernel(
     ALL_S: tl.constexpr, SINKS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Merge the splits of one query row by log-sum-exp. Grid: (B * H * T,)."""
-    row = tl.cast(tl.program_id(0), tl.int64)
-    token, head, batch = row % tokens, row // tokens % heads, row // tokens // heads
+    number = tl.program_id(0)
+    token, head, batch = number % tokens, number // tokens % heads, number // tokens // heads
+    row = tl.cast(number, tl.int64)
     dims = tl.arange(0, PADDED)
     every = tl.arange(0, ALL_S)
     lses = tl.load(part_lse + row * splits + every, mask=every < splits, other=float("-inf"))
@@ -197,25 +198,26 @@ def merge_splits_kernel(
     for start in tl.range(0, splits, BLOCK_S):
         some = start + tl.arange(0, BLOCK_S)
         weights = tl.exp2(tl.load(part_lse + row * splits + some, mask=some < splits, other=float("-inf")) - best)
-        # a split that saw nothing has written no output
-        wanted = (weights > 0.0)[:, None] & (dims < DIM)[None, :]
-        parts = tl.load(part_out + (row * splits + some)[:, None] * DIM + dims[None, :], mask=wanted, other=0.0)
-        merged += tl.sum(parts * weights[:, None], 0)
+        written = (some < splits)[:, None] & (dims < DIM)[None, :]
+        parts = tl.load(part_out + (row * splits + some)[:, None] * DIM + dims[None, :], mask=written, other=0.0)
+        # a split that saw nothing has written no output; to load it all the same need not wait for the weights
+        merged += tl.sum(tl.where((weights > 0.0)[:, None], parts * weights[:, None], 0.0), 0)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     merged = merged / total
     whole = tl.where(empty, float("-inf"), (best + tl.log2(total)) * _LN_2)
     if SINKS:  # a sink takes its share of the softmax and gives nothing
         merged = merged / (1.0 + tl.exp2((tl.load(sinks + head).to(tl.float32) - whole) * _LOG2_E))
+    batch = tl.cast(batch, tl.int64)
     tl.store(lse + batch * lse_b + head * lse_h + token * lse_t, whole)
     to = out + batch * out_b + head * out_h + token * out_t + dims
     tl.store(to, merged.to(out.dtype.element_ty), mask=dims < DIM)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["capacity"])
 def chunk_scores_kernel(
     query: tl.tensor, key: tl.tensor, lse: tl.tensor, length: tl.tensor, scores: tl.tensor, inner: tl.tensor,
-    factor: tl.tensor, chunks: tl.tensor, query_h: tl.tensor, key_g: tl.tensor, key_n: tl.tensor, SHARE: tl.constexpr,
+    factor: tl.tensor, capacity: tl.tensor, query_h: tl.tensor, key_g: tl.tensor, key_n: tl.tensor, SHARE: tl.constexpr,
     BLOCK_H: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
     TILE: tl.constexpr, CAPPED: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -231,10 +233,11 @@ def chunk_scores_kernel(
     # [H/G, D]
     queries = tl.load(query + head[:, None] * query_h + dims[None, :], mask=(dims < DIM)[None, :], other=0.0)
     shift = tl.load(lse + head) * _LOG2_E
+    chunks = tl.cdiv(capacity, CHUNK)
     to = scores + tl.cast(head, tl.int64)[:, None] * chunks
     key += tl.cast(group, tl.int64) * key_g
 
-    committed = tl.load(length)
+    committed = tl.minimum(tl.load(length), capacity)
     used = tl.cdiv(tl.cdiv(committed, CHUNK), TILE)
     for tile in tl.range(part * used // parts, (part + 1) * used // parts):
         sums = tl.zeros([BLOCK_H, TILE], tl.float32)

@@ -50,17 +50,23 @@ def kernel_test(test: Callable[..., None]) -> Callable[..., None] | None:
 if INTERPRETED:
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
 
-    _dot = InterpreterBuilder.create_dot
+    _dot, _patch_tensor = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def _widened(handle):
         """The interpreter keeps bfloat16 as its bits and multiplies those; products in float32 are exact."""
         if handle.dtype.scalar != tl.bfloat16:
             return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: _dot(self, _widened(a), _widened(b), *rest)
+    def _patch_tensor_for_new_numpy(tensor, *rest):
+        """NumPy 2.4 makes no int of an array of one element any more, which Triton 3.6 asks for in a loop's bounds."""
+        _patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: _dot(self, _widened(a), _widened(b), *rest)
+    interpreter._patch_lang_tensor = _patch_tensor_for_new_numpy
 else:
 
     def test_all_kernels_in_the_interpreter():
