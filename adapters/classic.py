@@ -16,7 +16,7 @@ from specx.config import CacheConfig
 from specx.hf import HFModel, Output
 from specx.rotary import Rotation, find_rotation
 from specx.store import KeyValueStore, rows_in_place
-from specx.tree import DraftTree, Growth, Plan, grow
+from specx.tree import DraftTree, Plan, grow
 
 _CHUNK = 2048
 
@@ -73,7 +73,8 @@ class ClassicDraft:
         self._ids = torch.empty(0, dtype=torch.long, device=self.model.device)
         self._fed = 0  # tokens of _ids that are in the cache or were dropped from it
         self._held, self._held_fed = self._ids, 0  # tokens cached at the last rebuild, and what was fed by then
-        self._growth: Growth | None = None
+        self._tree: DraftTree | None = None
+        self._root = -1
 
     @property
     def refill(self) -> str:
@@ -139,14 +140,14 @@ class ClassicDraft:
             out = self.model.forward(tokens, positions, self.cache, mask=mask, tail_positions=tail)
             return out.logits[:, : self.vocab]
 
-        self._growth = grow(int(self._ids[-1]), logits, expand, plan)
-        return self._growth.tree
+        self._tree = grow(self._root, logits, expand, plan)
+        return self._tree
 
     def accept(self, walk: Walk, step: Output | None = None) -> None:
         """Keep the cached rows of the accepted nodes; deeper nodes were never fed and wait for the next tree."""
         rows: list[int] = []
-        if self._growth is not None:
-            row_of = self._growth.rows.tolist()
+        if self._tree is not None:
+            row_of = self._tree.lists()[2]
             for node in walk.path[1:]:
                 if row_of[node] < 0:
                     break
@@ -154,10 +155,11 @@ class ClassicDraft:
         self.cache.commit(rows)
         self._fed += len(rows)
         self._append(walk.tokens)
-        self._growth = None
+        self._tree = None
 
     def _append(self, tokens: Sequence[int]) -> None:
         self._ids = torch.cat([self._ids, torch.tensor(tokens, dtype=torch.long, device=self._ids.device)])
+        self._root = tokens[-1]
 
     def _prefill_windowed(self, store: KeyValueStore) -> None:
         """Compute the prompt into the store: each chunk sees the sinks and the chunk before, at bounded positions."""

@@ -157,7 +157,7 @@ class EagleDraft:
             return self.head.logits(below.read)
 
         logits = self.head.logits(out.read[-1:])[0]
-        return grow(int(self._ids[-1]), logits, expand, plan, self.model.vocabulary).tree
+        return grow(int(self._ids[-1]), logits, expand, plan, self.model.vocabulary)
 
     @torch.no_grad()
     def accept(self, walk: Walk, step: Output) -> None:

@@ -41,12 +41,13 @@ class AlongText:
     def __init__(self, text: Tensor, own: TokenChooser) -> None:
         self.text, self.own, self.emitted = text, own, list[int]()
 
-    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
+    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> Tensor:
         """Return the text's token after each node; -1 beyond its end."""
         self.emitted.append(len(walk(tree, self.own.choose(logits, tree, ids)).tokens))
         first = len(ids) + 1
         following = self.text[first : first + int(tree.depths.max()) + 1].tolist()
-        return [following[depth] if depth < len(following) else -1 for depth in tree.depths.tolist()]
+        taken = [following[depth] if depth < len(following) else -1 for depth in tree.depths.tolist()]
+        return torch.tensor(taken, device=logits.device)
 
 
 def measure(

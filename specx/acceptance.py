@@ -8,6 +8,9 @@ already emitted, so each emitted token is exactly one draw from the target; for 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from specx.tree import DraftTree
 
 
@@ -32,22 +35,20 @@ class Walk:
         return Walk(self.path[:count], self.tokens[:count], min(self.drafted, count))
 
 
-def walk(tree: DraftTree, chosen: Sequence[int]) -> Walk:
+def walk(tree: DraftTree, chosen: Tensor | Sequence[int]) -> Walk:
     """Follow the target's tokens down the tree.
 
     Args:
         tree: The verified tree, T nodes.
-        chosen: The target's token after each node, T ints; entries of nodes off the walk are not read.
+        chosen: The target's token after each node, int64 [T]; entries of nodes off the walk are not read.
     """
-    children = {
-        (parent, token): node
-        for node, (parent, token) in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True))
-    }
-    path, tokens = [0], []
+    tokens, parents, _, taken = tree.lists(torch.as_tensor(chosen, device=tree.tokens.device))
+    children = {place: node for node, place in enumerate(zip(parents, tokens, strict=True))}
+    path, emitted = [0], []
     while True:
-        token = int(chosen[path[-1]])
-        tokens.append(token)
+        token = taken[path[-1]]
+        emitted.append(token)
         child = children.get((path[-1], token))
         if child is None:
-            return Walk(tuple(path), tuple(tokens), len(path) - 1)
+            return Walk(tuple(path), tuple(emitted), len(path) - 1)
         path.append(child)

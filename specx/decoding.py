@@ -31,8 +31,8 @@ class Chooser(Protocol):
 
     mode: str
 
-    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
-        """Return T token ids; logits [T, V], `ids` all tokens before the root, int64 [L]."""
+    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> Tensor:
+        """Return token ids, int64 [T]; logits [T, V], `ids` all tokens before the root, int64 [L]."""
         ...
 
 
@@ -68,7 +68,7 @@ def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
     target, draft, out, settings = request.target, request.draft, request.out, request.settings
     with out.clock("first"):
         step = target.prefill(ids, request.observe if request.taps else None)
-        root = request.chooser.choose(step.logits, DraftTree.single(int(ids[-1]), ids.device), ids[:-1])[0]
+        root = int(request.chooser.choose(step.logits, DraftTree.single(int(ids[-1]), ids.device), ids[:-1])[0])
         done = request.emit(request.cut(Walk((0,), (root,), 0)))
         if not done:
             request.prefill_draft(root)

@@ -52,8 +52,8 @@ class TokenChooser:
         else:
             self.mode = "level" if names <= _ID_FREE | _LEVEL_WISE else "walk"
 
-    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
-        """Return the target's token after each node.
+    def choose(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> Tensor:
+        """Return the target's token after each node, on the logits' device.
 
         Args:
             logits: [T, V].
@@ -61,18 +61,18 @@ class TokenChooser:
             ids: All tokens before the root, int64 [L].
 
         Returns:
-            T ints; -1 at nodes that a walk cannot reach, in mode "walk".
+            int64 [T]; -1 at nodes that a walk cannot reach, in mode "walk".
         """
         if self.mode == "batch":
-            return self._take(self.processors(ids[None], logits.float())).tolist()
+            return self._take(self.processors(ids[None], logits.float()))
         if self.mode == "walk":
-            return self._along_the_walk(logits, tree, ids)
+            return torch.tensor(self._along_the_walk(logits, tree, ids), device=logits.device)
         processed = torch.empty_like(logits, dtype=torch.float32)
         for depth in range(int(tree.depths.max()) + 1):
             nodes = (tree.depths == depth).nonzero().flatten()
             running = torch.cat([ids.expand(len(nodes), -1), _path_tokens(tree, nodes, depth)], dim=1)
             processed[nodes] = self.processors(running, logits[nodes].float())
-        return self._take(processed).tolist()
+        return self._take(processed)
 
     def _take(self, scores: Tensor) -> Tensor:
         if self.greedy:

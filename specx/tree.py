@@ -5,7 +5,7 @@ at the end the `nodes` best of all candidates are kept. The optional early stop 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,12 +36,15 @@ class DraftTree:
         parents: Node index of each node's parent, int64 [T]; -1 for the root.
         depths: Distance from the root, int64 [T].
         scores: Cumulative draft log-probability, float32 [T]; 0 for the root.
+        rows: The draft's pending row of each node, int64 [T]; -1: never fed to the draft. None: of no draft.
     """
 
     tokens: Tensor
     parents: Tensor
     depths: Tensor
     scores: Tensor
+    rows: Tensor | None = None
+    _lists: list[list[int]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def single(cls, root: int, device: torch.device | str = "cpu") -> "DraftTree":
@@ -51,7 +54,22 @@ class DraftTree:
 
     def to(self, device: torch.device) -> "DraftTree":
         """Return the tree on `device`."""
-        return DraftTree(*(part.to(device) for part in (self.tokens, self.parents, self.depths, self.scores)))
+        if self.tokens.device == device:
+            return self
+        parts = (self.tokens, self.parents, self.depths, self.scores)
+        tokens, parents, depths, scores = (part.to(device) for part in parts)
+        return DraftTree(tokens, parents, depths, scores, self.rows, self._lists)
+
+    def lists(self, more: Tensor | None = None) -> list[list[int]]:
+        """Return tokens, parents, rows and `more`, int64 [T], as lists: one transfer from the device for all of them.
+
+        Without `more` they are those of the last call.
+        """
+        if more is not None or not self._lists:
+            rows = self.parents if self.rows is None else self.rows.to(self.tokens.device)
+            parts = [self.tokens, self.parents, rows, *([] if more is None else [more.to(self.tokens.device)])]
+            self._lists[:] = torch.stack(parts).tolist()
+        return self._lists
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -75,21 +93,13 @@ class DraftTree:
         return found[::-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """A grown tree, and which row of the draft's pending keys belongs to each node (-1: never fed to the draft)."""
-
-    tree: DraftTree
-    rows: Tensor
-
-
 def grow(
     root: int,
     root_logits: Tensor,
     expand: Callable[[Tensor, Tensor, int], Tensor],
     plan: Plan,
     vocabulary: Tensor | None = None,
-) -> Growth:
+) -> DraftTree:
     """Grow a draft tree best-first.
 
     Args:
@@ -147,7 +157,7 @@ class _Pool:
         scores = torch.cat(self.scores)
         return scores.topk(min(plan.nodes - 1, len(scores))).values.exp().sum().item()
 
-    def select(self, root: int, plan: Plan, expanded: list[Tensor]) -> Growth:
+    def select(self, root: int, plan: Plan, expanded: list[Tensor]) -> DraftTree:
         """Keep the best nodes. The stable sort of level order never ranks a child above its parent on a tie."""
         scores, device = torch.cat(self.scores), self.scores[0].device
         kept = torch.sort(scores, descending=True, stable=True).indices[: plan.nodes - 1].sort().values
@@ -155,14 +165,14 @@ class _Pool:
         index[kept + 1] = torch.arange(1, len(kept) + 1, device=device)
         levels = torch.cat([torch.full_like(each, i + 1) for i, each in enumerate(self.tokens)])
         zero = torch.zeros(1, dtype=torch.long, device=device)
-        tree = DraftTree(
-            tokens=torch.cat([zero + root, torch.cat(self.tokens)[kept]]),
-            parents=torch.cat([zero - 1, index[torch.cat(self.parents)[kept]]]),
-            depths=torch.cat([zero, levels[kept]]),
-            scores=torch.cat([zero.float(), scores[kept]]),
-        )
         row_of = torch.full_like(index, -1)
         if expanded:
             fed = torch.cat(expanded)
             row_of[fed] = torch.arange(len(fed), device=device)
-        return Growth(tree, torch.cat([zero - 1, row_of[kept + 1]]))
+        return DraftTree(
+            tokens=torch.cat([zero + root, torch.cat(self.tokens)[kept]]),
+            parents=torch.cat([zero - 1, index[torch.cat(self.parents)[kept]]]),
+            depths=torch.cat([zero, levels[kept]]),
+            scores=torch.cat([zero.float(), scores[kept]]),
+            rows=torch.cat([zero - 1, row_of[kept + 1]]),
+        )

@@ -135,7 +135,7 @@ class TestAcceptance:
         own = SimpleNamespace(choose=lambda logits, tree, ids: [2, 0, 3, 9, 0])  # takes 2, 3, then says 9
         chooser = AlongText(torch.tensor([5, 6, 7, 1, 8]), own)
         chosen = chooser.choose(torch.empty(5, 10), tree, torch.tensor([5, 6]))
-        assert chosen == [1, 8, 8, -1, -1]  # the text after depths 0, 1, 2, 3
+        assert chosen.tolist() == [1, 8, 8, -1, -1]  # the text after depths 0, 1, 2, 3
         assert walk(tree, chosen).tokens == (1, 8)
         assert chooser.emitted == [3]
 

@@ -149,7 +149,7 @@ def test_grown_tree_is_well_formed(seed, style):
     rng = random.Random(seed)
     plan = Plan(nodes=rng.randint(2, 40), depth=rng.randint(0, 6), beam=rng.randint(1, 6))
     draft = TableDraft(vocab=rng.randint(2, 12), seed=seed, style=style)
-    tree = draft.grow(plan).tree
+    tree = draft.grow(plan)
     parents, scores, depths = tree.parents.tolist(), tree.scores.tolist(), tree.depths.tolist()
     assert len(draft.calls) == plan.depth
     assert 2 <= len(tree) <= plan.nodes
@@ -171,7 +171,7 @@ def test_growth_equals_naive_best_first(seed):
     plan = Plan(nodes=rng.randint(2, 30), depth=rng.randint(0, 5), beam=rng.randint(1, 5))
     draft = TableDraft(vocab=rng.randint(2, 10), seed=seed)
     expected = best_first(draft, plan)
-    tree = draft.grow(plan).tree
+    tree = draft.grow(plan)
     grown = {path_tokens(tree, node): float(tree.scores[node]) for node in range(1, len(tree))}
     assert grown.keys() == expected.keys()
     for path, score in expected.items():
@@ -183,7 +183,7 @@ def test_rows_name_the_fed_row_of_each_node(seed):
     plan = Plan(nodes=12, depth=3, beam=3)
     draft = TableDraft(vocab=8, seed=seed)
     growth = draft.grow(plan)
-    rows, tree = growth.rows.tolist(), growth.tree
+    rows, tree = growth.rows.tolist(), growth
     assert rows[0] == -1
     for node in range(1, len(tree)):
         if rows[node] >= 0:
@@ -199,7 +199,7 @@ def test_rows_name_the_fed_row_of_each_node(seed):
 
 def test_the_last_drafted_level_takes_part():
     """A draft that is sure of itself fills every level, the one after the last call too."""
-    tree = TableDraft(vocab=6, seed=0, style="peaked").grow(Plan(nodes=6, depth=4, beam=2)).tree
+    tree = TableDraft(vocab=6, seed=0, style="peaked").grow(Plan(nodes=6, depth=4, beam=2))
     assert tree.depths.tolist() == [0, 1, 2, 3, 4, 5]
     assert tree.parents.tolist() == [-1, 0, 1, 2, 3, 4]
 
@@ -208,14 +208,14 @@ def test_all_levels_compete_for_the_nodes():
     """A sure first level with flat levels below: its own siblings lose to no deeper node that is less likely."""
     flat = torch.zeros(4)
     root = torch.tensor([2.0, 1.9, 1.8, -20.0])
-    tree = grow(0, root, lambda tokens, mask, level: flat.expand(len(tokens), 4), Plan(4, 3, 3)).tree
+    tree = grow(0, root, lambda tokens, mask, level: flat.expand(len(tokens), 4), Plan(4, 3, 3))
     assert tree.depths.tolist() == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("nodes", "expected"), [(2, 2), (3, 3), (4, 4), (200, 13)])
 def test_number_of_nodes(nodes, expected):
     # 3 children, then 3 nodes with 3 children each: 12 candidates and the root
-    tree = TableDraft(vocab=9, seed=1).grow(Plan(nodes, 1, 3)).tree
+    tree = TableDraft(vocab=9, seed=1).grow(Plan(nodes, 1, 3))
     assert len(tree) == expected
 
 
@@ -223,34 +223,34 @@ def test_depth_zero_never_calls_the_draft():
     draft = TableDraft(vocab=9, seed=1)
     growth = draft.grow(Plan(10, 0, 4))
     assert draft.calls == []
-    assert growth.tree.depths.tolist() == [0, 1, 1, 1, 1]
+    assert growth.depths.tolist() == [0, 1, 1, 1, 1]
     assert growth.rows.tolist() == [-1] * 5
 
 
 def test_nodes_one_keeps_only_the_root():
     growth = TableDraft(vocab=9, seed=1).grow(Plan(1, 2, 3))
-    assert growth.tree.tokens.tolist() == [7]
+    assert growth.tokens.tolist() == [7]
     assert growth.rows.tolist() == [-1]
 
 
 @pytest.mark.parametrize("beam", [3, 64])
 def test_beam_is_cut_to_the_vocabulary(beam):
     draft = TableDraft(vocab=3, seed=1)
-    tree = draft.grow(Plan(100, 2, beam)).tree
+    tree = draft.grow(Plan(100, 2, beam))
     assert draft.calls == [3, 3]
     assert len(tree) == 1 + 3 + 9 + 9
 
 
 def test_beam_one_drafts_a_chain():
     draft = TableDraft(vocab=9, seed=1)
-    tree = draft.grow(Plan(50, 5, 1)).tree
+    tree = draft.grow(Plan(50, 5, 1))
     assert tree.parents.tolist() == [-1, 0, 1, 2, 3, 4, 5]
     assert draft.calls == [1] * 5
 
 
 def test_low_precision_logits_are_summed_in_float32():
     draft = TableDraft(vocab=9, seed=1)
-    tree = grow(0, draft.logits(()).bfloat16(), lambda *a: draft.expand(*a).bfloat16(), Plan(20, 3, 3)).tree
+    tree = grow(0, draft.logits(()).bfloat16(), lambda *a: draft.expand(*a).bfloat16(), Plan(20, 3, 3))
     assert tree.scores.dtype == torch.float32
 
 
@@ -258,7 +258,7 @@ def test_threshold_stops_early():
     plan = Plan(nodes=16, depth=6, beam=3)
     long, short, none = (TableDraft(vocab=50, seed=2, style="flat") for _ in range(3))
     long.grow(plan)
-    tree = short.grow(Plan(16, 6, 3, threshold=0.01)).tree
+    tree = short.grow(Plan(16, 6, 3, threshold=0.01))
     none.grow(Plan(16, 6, 3, threshold=0.0))
     assert len(long.calls) == 6
     assert len(short.calls) < 6
