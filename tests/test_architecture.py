@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports its own layer and those before it.
 LAYERS = [
     {"config", "tree"},
-    {"backends", "kernels", "cache", "retrieval", "acceptance"},
+    {"backends", "kernels", "kernel_launch", "cache", "retrieval", "acceptance"},
     {"attention"},
     {"hf_attention", "hf_config", "packed"},
     {"static"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"adapters"},
     {"api"},
     {"doctor", "training", "eval"},
-    {"cli", "cli_eval", "cli_options", "output", "__main__"},
+    {"cli", "cli_bench", "cli_eval", "cli_options", "output", "__main__"},
 ]
 # Plain tables and dataclasses: anyone above config may read them, and they may not import torch.
 ANYWHERE = {"specx.adapters.names", "specx.config"}
