@@ -13,10 +13,12 @@ from torch import Tensor
 from specx.acceptance import Walk
 from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
+from specx.data.prompts import demo_prompt
 from specx.decoding import decode
 from specx.eval.bench import Row, median_ms, synchronize, tree_mask
 from specx.generation import Generation
 from specx.hf import HFModel
+from specx.hf_config import positions_of
 from specx.retrieval import CachePolicy
 from specx.target import Target
 from specx.tree import DraftTree, Plan
@@ -68,6 +70,22 @@ def graph_trouble(engine: HFModel) -> str | None:
         return engine.no_graphs
     steps = [*engine._steps.values(), *([engine._spare[1]] if engine._spare else [])]
     return next((each.trouble for each in steps if each.trouble), None)
+
+
+def context_of(model: SpeculativeModel, tokens: int) -> Tensor:
+    """Return a context of held-out text (random ids without a tokenizer), int64 [L] on the model's device.
+
+    Raises:
+        ValueError: If the target has fewer positions than that and a few more.
+    """
+    most = positions_of(model.engine.config)
+    if most is not None and tokens + MOST_NODES > most:
+        raise ValueError(f"a context of {tokens} tokens and a tree exceed the target's {most} positions; lower it")
+    if model.tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, model.engine.vocab_size, (tokens,), generator=generator).to(model.engine.device)
+    _, ids = demo_prompt(model.tokenizer, tokens)
+    return torch.tensor(ids, device=model.engine.device).repeat(-(-tokens // len(ids)))[:tokens]
 
 
 class StepBench:

@@ -1,11 +1,8 @@
 """What the GPU suite measures with: shapes, lengths and models, for a GPU, and small ones that a CPU tries it with."""
 
 import gc
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +10,7 @@ from torch import Tensor
 
 from specx import kernel_launch
 from specx.api import SpeculativeModel, load
-from specx.data import stdlib
+from specx.data.prompts import held_out_prompt
 from specx.eval import gpu_stand_ins
 from specx.eval.bench import OURS, Contender, contenders, copy_bandwidth, copy_bytes, fused
 from specx.eval.growth import PAIRS, PairShape, Shape
@@ -104,27 +101,8 @@ class Setup:
         return load(dtype=dtype, device=self.device, graphs=graphs, **options)
 
     def prompt(self, tokenizer: Any, tokens: int, number: int = 0) -> Tensor:
-        """Return the first `tokens` tokens of a held-out module of the standard library that is long enough, int64 [L].
-
-        Args:
-            number: Which of them.
-
-        Raises:
-            RuntimeError: If there are fewer.
-        """
-        root, seen = Path(sysconfig.get_paths()["stdlib"]), 0
-        for file in (root / f"{name}.py" for name in stdlib.HELD_OUT):
-            # a token has a byte or more
-            if file.is_file() and file.stat().st_size >= tokens and len(ids := _ids_of(file, tokenizer)) >= tokens:
-                if seen == number:
-                    return torch.tensor(ids[:tokens], device=self.device)
-                seen += 1
-        raise RuntimeError(f"the standard library has {seen} held-out modules of {tokens} tokens or more")
-
-
-@cache
-def _ids_of(file: Path, tokenizer: Any) -> list[int]:
-    return tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+        """Return `data.prompts.held_out_prompt` on the device, int64 [L]."""
+        return torch.tensor(held_out_prompt(tokenizer, tokens, number), device=self.device)
 
 
 def setup_of(dry: bool) -> Setup:

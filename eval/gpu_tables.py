@@ -132,7 +132,7 @@ def kernel(rows: list[Row]) -> list[Table]:
     ]
     note = (
         f"Milliseconds of one layer (share of the copy bandwidth, {rows[0]['bandwidth'] / 1e9:.0f} GB/s; * not by CUDA "
-        f"graph); head dim {rows[0]['dim']}, {rows[0]['dtype']}; keys and values are not cached from call to call."
+        f"graph); head dim {rows[0]['dim']}, {rows[0]['dtype']}; on a GPU keys and values are cold."
     )
     return [Table("Attention", note, ["heads", "context", "nodes", *names], lines)]
 

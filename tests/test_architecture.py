@@ -161,7 +161,9 @@ def test_importing_specx_imports_no_torch():
     run("import sys, specx; specx.__version__; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["run", "--help"], ["models"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["run", "--help"], ["bench", "step", "--help"], ["models"]], ids=" ".join
+)
 def test_help_imports_no_torch(args):
     run(
         "import sys; from specx.cli import main\n"

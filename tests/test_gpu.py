@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -170,7 +169,7 @@ class TestFailures:
         found, _ = worked(job_of(tmp_path, "numbers", seconds=4.5))
         assert [row["status"] for row in found[1:]] == ["ok", "ok", "skipped", "skipped", "skipped", "ok"]
         assert "of its budget are left" in found[3]["message"]
-        assert "| numbers | c | skipped |" in markdown(found)
+        assert "| numbers | c | skipped |" in markdown([row for row in found if row.get("status") != "ok"])
 
     def test_sections_share_the_budget(self):
         assert gpu.deadlines(list(SHARES), 100.0, 420.0)[-1] == ("end-to-end", pytest.approx(520.0))
@@ -267,18 +266,6 @@ def test_the_real_sizes_are_those_of_the_plan():
     assert (setup.device.type, setup.dtype, setup.new) == ("cuda", torch.bfloat16, 64)
     assert setup.lengths[-1] + setup.new + 256 < 16384
     assert [pair.name for pair in setup.pairs] == ["7B", "8B"]
-
-
-def test_prompts_are_held_out_text():
-    class Words:
-        def __call__(self, text, verbose):
-            return {"input_ids": list(range(len(text) // 4))}
-
-    setup, tokenizer = setup_of(True), Words()
-    first, second = (setup.prompt(tokenizer, 1000, number) for number in range(2))
-    assert len(first) == len(second) == 1000
-    with pytest.raises(RuntimeError, match="has 0 held-out modules of 100000000 tokens"):
-        replace(setup, lengths=(1,)).prompt(tokenizer, 100_000_000)
 
 
 def test_rows_are_plain_json(rows):
