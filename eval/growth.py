@@ -150,18 +150,28 @@ def layer_places(old: int, new: int) -> list[int]:
     return before + after if steps else [new - 1]
 
 
-def head_places(heads: int, kv_heads: int, new_heads: int, new_kv_heads: int) -> tuple[list[int], list[int]]:
-    """Return the new slot of each old query head, and the old KV head that each of the first new ones copies.
+def head_sources(heads: int, kv_heads: int, new_heads: int, new_kv_heads: int) -> tuple[list[int], list[int]]:
+    """Return the old query head that each new one copies, and the old KV head of each new KV head.
 
-    Where fewer query heads share a new KV head than shared an old one, the old one is copied several times.
+    The first copy of a head gives the output; the others, whose output is dropped, keep the mean of all heads'
+    attention, which chooses what a draft keeps, what it was. Where fewer query heads share a new KV head than shared an
+    old one, the old one comes several times.
+
+    Raises:
+        ValueError: If the new heads cannot serve the old ones.
     """
+    if new_heads % new_kv_heads:
+        raise ValueError(f"{new_heads} query heads cannot share {new_kv_heads} key heads evenly")
     share, new_share = heads // kv_heads, new_heads // new_kv_heads
-    copies = -(-share // new_share)
-    slots = []
-    for head in range(heads):
-        kv, rest = divmod(head, share)
-        slots.append((kv * copies + rest // new_share) * new_share + rest % new_share)
-    return slots, [kv for kv in range(kv_heads) for _ in range(copies)]
+    parts = [(kv, list(range(first, min(first + new_share, (kv + 1) * share))))
+             for kv in range(kv_heads) for first in range(kv * share, (kv + 1) * share, new_share)]  # fmt: skip
+    if new_kv_heads < len(parts):
+        raise ValueError(
+            f"kv_heads must be at least {len(parts)} with {new_heads} heads, to serve those of the small model; "
+            f"got {new_kv_heads}"
+        )
+    chosen = [parts[number % len(parts)] for number in range(new_kv_heads)]
+    return [own[slot % len(own)] for _, own in chosen for slot in range(new_share)], [kv for kv, _ in chosen]
 
 
 def rotary_places(dim: int, new_dim: int) -> list[int]:
@@ -186,14 +196,7 @@ def _check(model: LlamaForCausalLM, shape: Shape) -> None:
     for what, old, new in sizes:
         if new < old:
             raise ValueError(f"{what} must be at least {old}, the small model's; got {new}")
-    if shape.heads % shape.kv_heads:
-        raise ValueError(f"{shape.heads} query heads cannot share {shape.kv_heads} key heads evenly")
-    _, copied = head_places(config.num_attention_heads, config.num_key_value_heads, shape.heads, shape.kv_heads)
-    if len(copied) > shape.kv_heads:
-        raise ValueError(
-            f"kv_heads must be at least {len(copied)} with {shape.heads} heads, to serve those of the small model; "
-            f"got {shape.kv_heads}"
-        )
+    head_sources(config.num_attention_heads, config.num_key_value_heads, shape.heads, shape.kv_heads)
 
 
 def _config(old: LlamaConfig, shape: Shape) -> LlamaConfig:
@@ -248,26 +251,27 @@ def _place_layer(config: LlamaConfig, old: Any, shape: Shape, new: Any) -> None:
     """Copy one decoder layer into a grown one whose output projections are zero."""
     hidden, dim, ffn = config.hidden_size, _head_dim(config), config.intermediate_size
     heads, groups, device = config.num_attention_heads, config.num_key_value_heads, new.mlp.up_proj.weight.device
-    places = head_places(heads, groups, shape.heads, shape.kv_heads)
-    slots, copied = (torch.tensor(each, device=device) for each in places)
+    sources, copied = head_sources(heads, groups, shape.heads, shape.kv_heads)
     dims = torch.tensor(rotary_places(dim, shape.head_dim), device=device)
 
     def heads_of(module: Any, count: int, width: int) -> Tensor:
         return module.weight.to(device).view(count, width, -1)
 
-    theirs, ours = old.self_attn, new.self_attn
-    query = heads_of(ours.q_proj, shape.heads, shape.head_dim)
-    query[slots] = 0.0  # of a score only the old dims count; the keys' other dims are free
+    def place(name: str, count: int, old_count: int, chosen: list[int], factor: float = 1.0) -> None:
+        large = heads_of(getattr(new.self_attn, name), count, shape.head_dim)
+        if name == "q_proj":  # of a score only the old dims count; the keys' other dims are free
+            others = torch.ones(shape.head_dim, dtype=torch.bool, device=device).index_fill(0, dims, False)
+            large[:, others] = 0.0
+        small = heads_of(getattr(old.self_attn, name), old_count, dim)[chosen]
+        large[:, dims, :hidden] = (small * factor).to(large.dtype)
+
     # sqrt(head dim), by which scores are divided, has grown
-    stretched = heads_of(theirs.q_proj, heads, dim) * (shape.head_dim / dim) ** 0.5
-    query[slots[:, None], dims, :hidden] = stretched.to(query.dtype)
-    for name in ("k_proj", "v_proj"):
-        small, large = heads_of(getattr(theirs, name), groups, dim), getattr(ours, name)
-        rows = torch.arange(len(copied), device=device)[:, None]
-        heads_of(large, shape.kv_heads, shape.head_dim)[rows, dims, :hidden] = small[copied].to(query.dtype)
-    out = ours.o_proj.weight.view(shape.hidden, shape.heads, shape.head_dim)
-    small = theirs.o_proj.weight.to(out).view(hidden, heads, dim)
-    out[:hidden, slots[:, None], dims] = small
+    place("q_proj", shape.heads, heads, sources, (shape.head_dim / dim) ** 0.5)
+    place("k_proj", shape.kv_heads, groups, copied)
+    place("v_proj", shape.kv_heads, groups, copied)
+    first = torch.tensor([sources.index(head) for head in range(heads)], device=device)
+    out = new.self_attn.o_proj.weight.view(shape.hidden, shape.heads, shape.head_dim)
+    out[:hidden, first[:, None], dims] = old.self_attn.o_proj.weight.to(out).view(hidden, heads, dim)
     for name in ("gate_proj", "up_proj"):
         getattr(new.mlp, name).weight[:ffn, :hidden] = getattr(old.mlp, name).weight.to(device)
     new.mlp.down_proj.weight[:hidden, :ffn] = old.mlp.down_proj.weight.to(device)

@@ -5,7 +5,9 @@ import torch
 from conftest import noised, pair
 
 from specx.config import Settings
-from specx.eval.growth import PAIRS, PairShape, Shape, grow, grown_pair, head_places, layer_places, rotary_places
+from specx.eval.growth import PAIRS, PairShape, Shape, grow, grown_pair, head_sources, layer_places, rotary_places
+from specx.hf import HFModel
+from specx.target import Target
 
 # tiny_llama: hidden 64, 3 layers, 4 heads of 16 dims, 2 KV heads, ffn 128, vocabulary 64
 SHAPES = {
@@ -104,13 +106,25 @@ def test_the_scored_layer_and_the_last_one_stay_real(tiny):
 
 
 def test_heads_and_dims_by_hand():
-    assert head_places(8, 2, 32, 8) == ([0, 1, 2, 3, 4, 5, 6, 7], [0, 1])
-    assert head_places(8, 2, 32, 32) == ([0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 1, 1, 1, 1])
-    assert head_places(4, 2, 16, 4) == ([0, 1, 4, 5], [0, 1])
-    assert head_places(6, 2, 6, 6) == ([0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 1])
-    assert head_places(6, 2, 8, 4) == ([0, 1, 2, 4, 5, 6], [0, 0, 1, 1])
+    assert head_sources(8, 2, 32, 8) == ([*range(8)] * 4, [0, 1] * 4)
+    assert head_sources(8, 2, 32, 32) == ([*range(8)] * 4, [0, 0, 0, 0, 1, 1, 1, 1] * 4)
+    assert head_sources(4, 2, 16, 4) == ([0, 1, 0, 1, 2, 3, 2, 3] * 2, [0, 1, 0, 1])
+    assert head_sources(6, 2, 6, 6) == ([0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 1])
+    assert head_sources(6, 2, 8, 4) == ([0, 1, 2, 2, 3, 4, 5, 5], [0, 0, 1, 1])
     assert rotary_places(4, 16) == [0, 4, 8, 12]
     assert rotary_places(8, 8) == list(range(8))
+
+
+def test_what_retrieval_reads_stays(tiny, prompt_of):
+    """All heads of the scored layer count, also those whose output is dropped."""
+    ids, scores = prompt_of(200), []
+    for model in (tiny, grow(tiny, SHAPES["all"]), grow(tiny, SHAPES["all, KV heads twice"])):
+        layer = layer_places(3, len(model.model.layers))[2]
+        target = Target(HFModel(model), 300, layer)
+        target.prefill(ids)
+        scores.append(target.chunk_scores(-1, 8))
+    torch.testing.assert_close(scores[1], scores[0])
+    torch.testing.assert_close(scores[2], scores[0])
 
 
 @pytest.mark.parametrize(
