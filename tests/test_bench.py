@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from specx import cli
 from specx.attention import reference
 from specx.eval import bench
 from specx.eval.bench import Inputs, Problem, attention_row, contenders, inputs_of, median_ms, sdpa, tree_mask
-from specx.eval.bench_step import StepBench, binary_tree, cache_bytes, context_of, weight_bytes
+from specx.eval.bench_step import StepBench, SyncedGeneration, binary_tree, cache_bytes, context_of, weight_bytes
 
 pytest_plugins = ["disk"]
 CPU = torch.device("cpu")
@@ -191,3 +192,65 @@ class TestCommand:
 def test_sdpa_repeats_heads_as_transformers_does():
     inputs = inputs_of(SMALL, CPU)
     assert sdpa(inputs)(inputs.keys[0], inputs.values[0]).shape == (1, 4, 5, 32)
+
+
+class TestOnCuda:
+    """The lines that only a GPU reaches, with a CUDA that only counts."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        made = []
+
+        class Stream:
+            def __init__(self, device):
+                assert device.type == "cuda"
+
+            def wait_stream(self, other):
+                made.append("wait")
+
+        class Graph:
+            def replay(self):
+                made.append("replay")
+
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda given: nullcontext())
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: made.append("sync"))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: made.append("empty"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        return made
+
+    def test_graphs(self, calls):
+        replay = bench.captured(lambda: calls.append("run"), torch.device("cuda"))
+        assert calls == ["wait", "run", "wait", "run"]
+        assert median_ms(replay, torch.device("cuda"), 1, warm=0) >= 0
+        assert calls[4:] == ["sync", "replay", "sync"]
+
+    def test_what_cannot_be_captured(self, calls):
+        runs = iter([None, RuntimeError("a host read")])
+
+        def run():
+            if (error := next(runs)) is not None:
+                raise error
+
+        assert bench.captured(run, torch.device("cuda")) is None
+        assert calls[-1] == "sync"
+
+    def test_ways_and_memory(self, calls, monkeypatch):
+        pytest.importorskip("triton")
+        from specx.eval.gpu_setup import free
+
+        monkeypatch.setattr(bench, "trouble_with", lambda name, device: "absent" if name == "flash" else None)
+        assert list(contenders(torch.device("cuda"))) == ["specx", "torch", "sdpa"]
+        assert bench.copy_bytes(torch.device("cuda")) == 1 << 30
+        free(torch.device("cuda"))
+        assert calls == ["empty"]
+
+    def test_parts_wait(self, calls):
+        out = SyncedGeneration(10)
+        with out.clock("draft"):
+            calls.append("work")
+        assert calls == ["sync", "work", "sync"]
+        assert out.seconds["draft"] > 0
