@@ -58,6 +58,25 @@ def demo_prompt(tokenizer: Any, tokens: int = DEMO_TOKENS) -> tuple[str, list[in
     return name, ids[:tokens]
 
 
+def held_out_prompt(tokenizer: Any, tokens: int, number: int = 0) -> list[int]:
+    """Return the first `tokens` tokens of a held-out module of the standard library that is long enough.
+
+    Args:
+        number: Which of them.
+
+    Raises:
+        RuntimeError: If there are no more than `number`.
+    """
+    root, seen = Path(sysconfig.get_paths()["stdlib"]), 0
+    for file in (root / f"{name}.py" for name in stdlib.HELD_OUT):
+        if file.is_file() and file.stat().st_size >= tokens:  # a token takes a byte or more
+            ids = tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+            if len(ids) >= tokens and seen == number:
+                return ids[:tokens]
+            seen += len(ids) >= tokens
+    raise RuntimeError(f"the standard library has {seen} held-out modules of {tokens} tokens or more")
+
+
 def chat_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a conversation that `text` opens.
 

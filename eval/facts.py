@@ -22,18 +22,30 @@ def facts_of(command: str, data: str, target: str | None, model: SpeculativeMode
     """
     engine, draft = model.engine, model.draft
     drafting = f"draft {draft.name}, context {draft.draft_context} ({draft.context_source})" if draft else "no draft"
-    device = torch.cuda.get_device_name() if engine.device.type == "cuda" else _processor()
     return {
         "command": command,
-        "specx": f"{specx.__version__}, commit {_commit()}",
-        "machine": f"{device}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "specx": version_of(),
+        "machine": machine_of(engine.device),
         "models": f"target {target or Path(model.target.name_or_path).name or type(model.target).__name__}, "
         f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}; {drafting}",
         "data": data,
         "attention": f"{engine.backend}: {engine.backend_reason}",
         "load average before": f"{os.getloadavg()[0]:.2f} on {os.cpu_count()} cores",
     }  # fmt: skip
+
+
+def version_of() -> str:
+    """Return the version and commit that measure."""
+    return f"{specx.__version__}, commit {_commit()}"
+
+
+def machine_of(device: torch.device) -> str:
+    """Return the device's name, and what runs there."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return (
+        f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
 
 
 def _commit() -> str:

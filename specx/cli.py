@@ -11,6 +11,7 @@ import click
 import specx
 from specx import output
 from specx.adapters.names import DRAFTS, TARGETS, locate
+from specx.cli_bench import bench
 from specx.cli_eval import evaluate
 from specx.cli_options import DEBUG, GENERATION, model_options, options_of
 from specx.config import LoadConfig
@@ -186,6 +187,7 @@ def models() -> None:
 
 
 main.add_command(evaluate)
+main.add_command(bench)
 
 
 @main.command()

@@ -156,3 +156,14 @@ def tokenizer_of(directory):
     from specx.adapters.checkpoints import load_tokenizer
 
     return load_tokenizer(directory)
+
+
+def test_held_out_prompts_are_long_enough_and_differ():
+    def tokenizer(text, verbose):
+        return {"input_ids": [ord(letter) for letter in text[: len(text) // 4]]}
+
+    first, second = (prompts.held_out_prompt(tokenizer, 2000, number) for number in range(2))
+    assert len(first) == len(second) == 2000
+    assert first != second
+    with pytest.raises(RuntimeError, match="has 0 held-out modules of 100000000 tokens or more"):
+        prompts.held_out_prompt(tokenizer, 100_000_000)
