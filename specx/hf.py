@@ -123,7 +123,9 @@ class HFModel:
         if self.no_graphs:
             return TreeCache(layers, capacity, one_block)
         move = triton_move if self.backend == "triton" else None
-        capacity = max(1024, 1 << (capacity + BUCKETS[-1] - 1).bit_length())
+        capacity += BUCKETS[-1]  # rows that pad a bucket
+        unit = max(1024, 1 << capacity.bit_length() - 3)  # few sizes, so that memory and graphs serve again
+        capacity = -(-capacity // unit) * unit
         memory, steps = self._spare or (Memory(), StaticSteps(self._run_static, self._static_kernel()))
         self._spare = None
         if any(pair[0].shape[3] != capacity for pair in memory.blocks):
