@@ -11,7 +11,8 @@ from specx.adapters.eagle import EagleModel
 from specx.adapters.eagle_checkpoints import read_head
 from specx.adapters.eagle_format import HeadFormat
 from specx.adapters.eagle_head import EagleHead
-from specx.adapters.names import known_draft
+from specx.adapters.lookup import LookupModel
+from specx.adapters.names import LOOKUP, known_draft
 from specx.adapters.weights import kind_of
 from specx.config import LoadConfig
 from specx.draft import DraftModel
@@ -41,6 +42,8 @@ def load_draft(
         ValueError: A draft that does not fit the target.
     """
     name = draft if isinstance(draft, str) else type(draft).__name__
+    if name == LOOKUP:
+        return LookupModel()
     if directory is not None and kind_of(directory) == "eagle":
         return load_eagle(name, directory, target, asked, tokens)
     if tokens is not None:

@@ -22,7 +22,7 @@ class KnownDraft:
 
     repo: str
     target: str
-    kind: Literal["classic", "eagle"]
+    kind: Literal["classic", "eagle", "lookup"]
     draft_context: int | None
 
 
@@ -31,8 +31,10 @@ def _eagle(repo: str, target: str, draft_context: int | None = 2048) -> KnownDra
     return KnownDraft(repo, target, "eagle", draft_context)
 
 
+LOOKUP = "lookup"
 DRAFTS = {
     "demo": KnownDraft("demo-draft", "demo", "classic", 1024),
+    LOOKUP: KnownDraft("", "demo", "lookup", None),
     "vicuna-68m": KnownDraft("double7/vicuna-68m", "vicuna-7b", "classic", 2048),
     "llama-68m": KnownDraft("JackFram/llama-68m", "longchat-7b", "classic", 2048),
     "eagle-vicuna-7b": _eagle("yuhuili/EAGLE-Vicuna-7B-v1.3", "vicuna-7b-v1.3"),

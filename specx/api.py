@@ -20,7 +20,7 @@ from specx.adapters.checkpoints import (
 )
 from specx.adapters.hub import fetch
 from specx.adapters.loader import load_draft
-from specx.adapters.names import DRAFTS, known_draft, locate
+from specx.adapters.names import DRAFTS, LOOKUP, known_draft, locate
 from specx.adapters.vocabulary import read_vocabulary
 from specx.adapters.weights import kind_of
 from specx.config import LoadConfig, Settings
@@ -239,7 +239,7 @@ def _named(given: Any) -> Any:
 
 def _directory(given: Any, role: Literal["target", "draft"], trust_remote_code: bool) -> str | None:
     """Return the checked directory of a named checkpoint, None for a live model or no draft."""
-    if isinstance(given, PreTrainedModel) or given is None:
+    if isinstance(given, PreTrainedModel) or given is None or (role == "draft" and given == LOOKUP):
         return None
     if not isinstance(given, str):
         raise ValueError(f"{role} must be a name, a directory or a transformers model; got {type(given).__name__}")

@@ -178,6 +178,9 @@ def models() -> None:
     """List the names that --target and --draft know."""
     click.echo("drafts")
     for name, known in DRAFTS.items():
+        if known.kind == "lookup":
+            click.echo(f"  {name:<29}{'(no model: the context itself)':<45}for every target, by default {known.target}")
+            continue
         repo = known.repo if "/" in known.repo else "(bundled)"
         context = known.draft_context or "by its config"
         click.echo(f"  {name:<29}{repo:<45}{known.kind}, context {context}, for {known.target}")

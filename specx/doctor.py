@@ -15,7 +15,7 @@ from specx.adapters.checkpoints import check_files, compare_tokenizers, load_tok
 from specx.adapters.classic import ClassicModel
 from specx.adapters.eagle_checkpoints import read_head
 from specx.adapters.hub import fetch
-from specx.adapters.names import known_draft, locate
+from specx.adapters.names import LOOKUP, known_draft, locate
 from specx.adapters.weights import kind_of
 from specx.api import SpeculativeModel, load
 from specx.data.prompts import demo_prompt
@@ -97,6 +97,8 @@ def _versions() -> str:
 
 
 def _tokenizers(model: SpeculativeModel, draft: str, trust_remote_code: bool) -> Finding:
+    if draft == LOOKUP:
+        return _line("tokenizers", "not compared: the draft has none"), True
     own = load_tokenizer(fetch(locate(draft, "draft"), "draft"), trust_remote_code)
     if model.tokenizer is None or own is None:
         lacking = "target" if model.tokenizer is None else "draft"
