@@ -59,8 +59,9 @@ def report(target: str | None, draft: str | None, specextend: bool, options: dic
         return
     yield _line("draft", model.draft.name), True
     for line in model.draft.about:
-        yield _line("head", line), True
-    yield _line("context", f"draft_context {model.draft.draft_context}, from {model.draft.context_source}"), True
+        yield _line("head" if draft != LOOKUP else "", line), True
+    if draft != LOOKUP:
+        yield _line("context", f"draft_context {model.draft.draft_context}, from {model.draft.context_source}"), True
     yield _tokenizers(model, draft or "demo", bool(options.get("trust_remote_code")))
     yield _probe(model)
 
