@@ -27,12 +27,13 @@ def installed() -> bool:
         return False
 
 
-def load(target: str, head: str, **options: Any) -> Any:
+def load(target: str, head: str, device: str = "cpu", **options: Any) -> Any:
     """Load the package's own `EaModel`, in eval mode.
 
     Args:
         target: Directory of a Llama or Mixtral.
         head: Directory of an EAGLE-1 head: config.json, and pytorch_model.bin with its own embed_tokens.
+        device: Where all of it shall lie.
         options: What its `from_pretrained` passes on to transformers, such as dtype.
 
     Raises:
@@ -40,9 +41,14 @@ def load(target: str, head: str, **options: Any) -> Any:
     """
     with compatible() as package:
         try:
-            return package.EaModel.from_pretrained(base_model_path=target, ea_model_path=head, **options).eval()
+            model = package.EaModel.from_pretrained(base_model_path=target, ea_model_path=head, **options)
         except Exception as error:  # whatever it raises: it checks nothing beforehand
-            raise RuntimeError(f"eagle-llm cannot load {target} with {head}: {type(error).__name__}: {error}") from error
+            raise RuntimeError(
+                f"eagle-llm cannot load {target} with {head}: {type(error).__name__}: {error}"
+            ) from error
+    model.to(device)
+    model.ea_layer.init_tree()  # its buffers are no module's
+    return model.eval()
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def check_live(ea_model: Any) -> None:
 def shared_target(base_model: Any) -> PreTrainedModel:
     """Return the unmodified transformers model of a rewritten one's config, with the very same weights.
 
-    Only the tables of its rotary embedding are its own: they follow the config, whatever the rewritten model made of it.
+    Only the tables of its rotary embedding are its own: they follow the config, whatever the
+    rewritten model made of it.
 
     Args:
         base_model: Not touched.
@@ -53,7 +54,7 @@ def shared_target(base_model: Any) -> PreTrainedModel:
         raise ValueError(f"the weights of {name} cannot be shared with a transformers model: {reason}") from error
     for path, module in list(model.named_modules()):
         if any(each.is_meta for each in module.buffers(recurse=False)):
-            model.set_submodule(path, type(module)(config=model.config, device=device))
+            model.set_submodule(path, type(module)(config=model.config).to(device))
     empty = [path for path, each in [*model.named_parameters(), *model.named_buffers()] if each.is_meta]
     if empty:
         raise ValueError(f"{name} gives transformers' model no {empty[0]}")

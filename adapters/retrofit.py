@@ -55,7 +55,7 @@ def retrofit(ea_model: Any, specextend: bool = True, **options: Any) -> "Retrofi
         own.get("pack_weights", False),
         own.get("graphs"),
     )
-    draft = build_eagle("of a live EaModel", *live_head(ea_model.ea_layer), engine, settings.cache.draft_context)
+    draft = build_eagle("the live head", *live_head(ea_model.ea_layer), engine, settings.cache.draft_context)
     kind = OfficialCalls if hasattr(ea_model, "use_eagle3") else ReleasedCalls
     return Retrofit(ea_model, engine, draft, kind(ea_model, engine, draft, settings, frozenset(options)))
 
@@ -69,9 +69,7 @@ class Retrofit:
         notes: What the object itself computes differently, in words.
     """
 
-    def __init__(
-        self, ea_model: Any, engine: HFModel, draft: EagleModel, calls: OfficialCalls | ReleasedCalls
-    ) -> None:
+    def __init__(self, ea_model: Any, engine: HFModel, draft: EagleModel, calls: OfficialCalls | ReleasedCalls) -> None:
         self.ea_model, self.engine, self.draft = ea_model, engine, draft
         note = ignored_rotation(ea_model.base_model)
         self.notes = [note] if note else []
@@ -93,7 +91,7 @@ class Retrofit:
         if not self.active:
             return
         for name in _REPLACED:
-            delattr(self.ea_model, name)
+            vars(self.ea_model).pop(name, None)
         for name, call in self._before.items():
             setattr(self.ea_model, name, call)
         self.active = False

@@ -13,6 +13,7 @@ from specx import output
 from specx.adapters.names import DRAFTS, TARGETS, locate
 from specx.cli_eval import evaluate
 from specx.cli_options import DEBUG, GENERATION, model_options, options_of
+from specx.cli_retrofit import retrofit_check
 from specx.config import LoadConfig
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def models() -> None:
 
 
 main.add_command(evaluate)
+main.add_command(retrofit_check)
 
 
 @main.command()

@@ -26,8 +26,8 @@ LAYERS = [
     {"data"},
     {"adapters"},
     {"api"},
-    {"doctor", "training", "eval"},
-    {"cli", "cli_eval", "cli_options", "output", "__main__"},
+    {"doctor", "retrofit_check", "training", "eval"},
+    {"cli", "cli_eval", "cli_options", "cli_retrofit", "output", "__main__"},
 ]
 # Plain tables and dataclasses: anyone above config may read them, and they may not import torch.
 ANYWHERE = {"specx.adapters.names", "specx.config"}
@@ -162,7 +162,9 @@ def test_importing_specx_imports_no_torch():
     run("import sys, specx; specx.__version__; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["run", "--help"], ["models"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["run", "--help"], ["retrofit-check", "--help"], ["models"]], ids=" ".join
+)
 def test_help_imports_no_torch(args):
     run(
         "import sys; from specx.cli import main\n"
