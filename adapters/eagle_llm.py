@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from specx.adapters.checkpoints import quiet
+
 INSTALL = "pip install --no-deps eagle-llm==1.2.1"
 
 
@@ -39,13 +41,12 @@ def load(target: str, head: str, device: str = "cpu", **options: Any) -> Any:
     Raises:
         RuntimeError: The package is not installed, or cannot load these; the message has its own words.
     """
-    with compatible() as package:
+    with compatible() as package, quiet():  # transformers would complain of tables that no checkpoint holds
         try:
             model = package.EaModel.from_pretrained(base_model_path=target, ea_model_path=head, **options)
         except Exception as error:  # whatever it raises: it checks nothing beforehand
-            raise RuntimeError(
-                f"eagle-llm cannot load {target} with {head}: {type(error).__name__}: {error}"
-            ) from error
+            words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise RuntimeError(f"eagle-llm cannot load {target} with {head}: {words}") from error
     model.to(device)
     model.ea_layer.init_tree()  # its buffers are no module's
     return model.eval()

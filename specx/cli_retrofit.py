@@ -36,7 +36,7 @@ def retrofit_check(**given: Any) -> None:
     """
     if given["prompt"] is not None and given["source"] is not None:
         raise click.UsageError("give --prompt or --input, not both")
-    places = {role: locate(given[role], kind) for role, kind in (("target", "target"), ("head", "draft"))}
+    places = {"target": locate(given["target"], "target"), "head": locate(given["head"], "draft")}
     text = _text(given)
     with output.quitting_at_ctrl_c():
         from specx.retrofit_check import run_both
