@@ -35,6 +35,7 @@ class Way:
         memory_bytes: The most in use during it, beyond what was in use once both models were loaded.
         plain: What transformers' own greedy decoding of the same target gives; only where specx ran.
         notes: What is known to be computed differently.
+        exact: Computed in float32. In half precision ties can fall either way.
     """
 
     tokens: list[int]
@@ -44,6 +45,7 @@ class Way:
     memory_bytes: int = 0
     plain: list[int] | None = None
     notes: tuple[str, ...] = ()
+    exact: bool = True
 
 
 def run_both(job: dict[str, Any]) -> tuple[Way, Way]:
@@ -115,7 +117,8 @@ def _measured(model: Any, ids: Tensor, new: int, handle: Retrofit | None) -> Way
     plain = handle.engine.model.generate(
         ids, max_new_tokens=min(new, left), do_sample=False, eos_token_id=model.tokenizer.eos_token_id, pad_token_id=0
     )
-    return Way(kept, "", handle.last.stats["tau"], rate, peak, plain[0, ids.shape[1] :].tolist(), tuple(handle.notes))
+    answer, exact = plain[0, ids.shape[1] :].tolist(), handle.engine.dtype == torch.float32
+    return Way(kept, "", handle.last.stats["tau"], rate, peak, answer, tuple(handle.notes), exact)
 
 
 def _cut(tokens: list[int], end: int | None, new: int) -> list[int]:
