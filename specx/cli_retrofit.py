@@ -118,6 +118,4 @@ def _print(own: "Way", ours: "Way", tokenizer: Any) -> None:
     at = first_difference(ours.tokens, ours.plain or [])
     ties = "" if ours.exact or at is None else "; in half precision ties can fall either way"
     right = "identical to" if at is None else f"from token {at} on NOT"
-    click.echo(
-        f"retrofitted output: {right} transformers' own greedy decoding of this target{ties if at is not None else ''}"
-    )
+    click.echo(f"retrofitted output: {right} transformers' own greedy decoding of this target{ties}")
