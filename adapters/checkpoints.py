@@ -79,7 +79,7 @@ def check_files(directory: str, role: str) -> None:
 def check_config(directory: str, role: str, trust_remote_code: bool = False) -> None:
     """Raise RuntimeError if transformers cannot make sense of a checkpoint's config.json."""
     try:
-        with _quiet():
+        with quiet():
             AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a broken config, or the code that it asks for, raises
         raise RuntimeError(f"cannot load the {role} from {directory}: {_explain(error)}") from error
@@ -127,7 +127,7 @@ def load_model(where: str, config: LoadConfig, role: str) -> PreTrainedModel:
     directory = fetch(where, role)
     check_files(directory, role)
     try:
-        with _quiet():
+        with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
                 trust_remote_code=config.trust_remote_code,
@@ -168,7 +168,7 @@ def load_tokenizer(where: str, trust_remote_code: bool = False) -> Any | None:
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken tokenizer raises many things
         lacking = [each for each in ("sentencepiece", "google.protobuf") if not _installed(each)]
@@ -187,7 +187,7 @@ def _installed(module: str) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' log lines and loading bars off the screen; downloads keep theirs, they take minutes."""
     verbosity, bars, downloads = (
         hf_logging.get_verbosity(),

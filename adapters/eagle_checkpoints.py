@@ -33,19 +33,29 @@ def read_head(directory: str) -> tuple[HeadFormat, dict[str, Tensor]]:
     Raises:
         RuntimeError: A key that is missing or unknown, with the dialect tried; a kind of head that is not supported.
     """
-    config, raw = read_config(directory), read_tensors(directory)
+    return parse_head(f"draft {directory}", read_config(directory), read_tensors(directory))
+
+
+def parse_head(name: str, config: dict[str, Any], raw: dict[str, Tensor]) -> tuple[HeadFormat, dict[str, Tensor]]:
+    """Make sense of a head's config and tensors, wherever they come from; see `read_head`. Tensors are not copied.
+
+    Args:
+        name: What messages call it.
+        config: The content of its config.json.
+        raw: Its tensors under the names of any dialect.
+    """
     tensors = dict[str, Tensor]()
-    for name, tensor in raw.items():
-        plain = name.removeprefix("model.").replace("midlayer.", "layers.0.")
+    for key, tensor in raw.items():
+        plain = key.removeprefix("model.").replace("midlayer.", "layers.0.")
         if not plain.startswith("verifier_") and not plain.endswith(_UNUSED):
             tensors[plain] = tensor
     try:
         _refuse(config, tensors)
-        reader = _Reader(config, tensors, any("midlayer." in name for name in raw))
+        reader = _Reader(config, tensors, any("midlayer." in key for key in raw))
         head = reader.format()
         reader.check(head)
     except ValueError as error:
-        raise RuntimeError(f"draft {directory}: {error}") from error
+        raise RuntimeError(f"{name}: {error}") from error
     return head, tensors
 
 

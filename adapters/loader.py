@@ -73,7 +73,22 @@ def load_eagle(
         RuntimeError: A head that cannot be read.
         ValueError: A head that was made for another target.
     """
-    head, tensors = read_head(directory)
+    return build_eagle(name, *read_head(directory), target, asked, tokens)
+
+
+def build_eagle(
+    name: str,
+    head: HeadFormat,
+    tensors: dict[str, Tensor],
+    target: HFModel,
+    asked: int | None = None,
+    tokens: Tensor | None = None,
+) -> EagleModel:
+    """Build an EAGLE head from tensors, which are shared where they lie on the target's device in its dtype.
+
+    Raises:
+        ValueError: A head that was made for another target.
+    """
     _check_fit(name, head, target)
     tensors = {
         key: tensor.to(target.device, torch.long if key == "d2t" else target.dtype) for key, tensor in tensors.items()

@@ -13,9 +13,14 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
-_LAZY = {"load": "specx.api", "SpeculativeModel": "specx.api", "Generation": "specx.decoding"}
+_LAZY = {
+    "load": "specx.api",
+    "retrofit": "specx.adapters.retrofit",
+    "SpeculativeModel": "specx.api",
+    "Generation": "specx.decoding",
+}
 
-__all__ = ["Generation", "SpeculativeModel", "__version__", "load"]
+__all__ = ["Generation", "SpeculativeModel", "__version__", "load", "retrofit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -54,11 +54,14 @@ def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> N
     ctx.meta[DEBUG] = value
 
 
+debug_option = click.option(
+    "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_set_debug, help="Show tracebacks."
+)
+
+
 def model_options(command: Any) -> Any:
     for decorate in (
-        click.option(
-            "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_set_debug, help="Show tracebacks."
-        ),
+        debug_option,
         options_of(LoadConfig),
         click.option(
             "--use-specextend/--no-specextend", "specextend", default=True, show_default=True, help=SPECEXTEND

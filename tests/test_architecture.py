@@ -26,8 +26,8 @@ LAYERS = [
     {"data"},
     {"adapters"},
     {"api"},
-    {"doctor", "training", "eval"},
-    {"cli", "cli_bench", "cli_eval", "cli_options", "output", "__main__"},
+    {"doctor", "retrofit_check", "training", "eval"},
+    {"cli", "cli_bench", "cli_eval", "cli_options", "cli_retrofit", "output", "__main__"},
 ]
 # Plain tables and dataclasses: anyone above config may read them, and they may not import torch.
 ANYWHERE = {"specx.adapters.names", "specx.config"}
@@ -163,7 +163,16 @@ def test_importing_specx_imports_no_torch():
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["--version"], ["run", "--help"], ["bench", "step", "--help"], ["models"]], ids=" ".join
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["run", "--help"],
+        ["bench", "step", "--help"],
+        ["retrofit-check", "--help"],
+        ["models"],
+    ],
+    ids=" ".join,
 )
 def test_help_imports_no_torch(args):
     run(
