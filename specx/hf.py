@@ -26,7 +26,7 @@ from specx.packed import PackedLinears
 from specx.static import BUCKETS, StaticCall, StaticSteps
 from specx.static_attention import PLAIN, Kernel, triton_kernel, triton_move
 
-_STATIC_ROWS = 64  # more rows are a prefill, which is not worth a graph
+_PREFILL_ROWS = 8  # more tokens in a row are a prefill, whose lengths are too many to capture a graph for each
 _checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
 
 
@@ -186,7 +186,8 @@ class HFModel:
             context: Length of the prompt that these tokens are a chunk of; 0: they are no part of a longer one.
         """
         tail = positions if tail_positions is None else tail_positions
-        if not self.no_graphs and len(ids) <= _STATIC_ROWS and cache in self._steps:
+        most = _PREFILL_ROWS if mask is None else BUCKETS[-1]
+        if not self.no_graphs and len(ids) <= most and cache in self._steps:
             return self._static(ids, positions, cache, mask, tail, keep_logits, tuple(taps), score_layer)
         flash = self.flash_prefill if mask is None else self.hybrid
         call = Call(cache.committed, positions, mask, tail, self.backend, not flash, score_layer)

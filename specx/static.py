@@ -77,6 +77,7 @@ class StaticSteps:
         self.trouble: str | None = None
         self._steps: dict[tuple[Any, ...], _Step] = {}
         self._address: tuple[int, ...] = ()
+        self._pool: Any = None
 
     def run(
         self,
@@ -102,7 +103,10 @@ class StaticSteps:
         cache.reserve(cache.committed + pending + bucket)
         if self._address != cache.address():  # it has moved: what was captured writes into freed memory
             self._steps.clear()
-        step = self._steps.setdefault((bucket, pending, taps, score_layer), _Step(bucket, pending, ids.device))
+        key = bucket, pending, taps, score_layer
+        if key not in self._steps:
+            self._steps[key] = _Step(bucket, pending, ids.device)
+        step = self._steps[key]
         step.load(ids, positions, mask, tail_positions, cache.committed)
         cache.length_on(ids.device).fill_(cache.committed)
         if step.graph is not None:
@@ -130,8 +134,9 @@ class StaticSteps:
             compute()  # lazy initialisation on a stream of its own
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()  # forwards of one cache never overlap
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._pool):
                 compute()
         except RuntimeError as error:  # a host read, an op that cannot be captured
             self.trouble = str(error).splitlines()[0][:150]
