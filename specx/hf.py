@@ -9,7 +9,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ class Output:
     features: dict[int, Tensor]
     scored: ScoredRows | None
     windows: dict[int, int | None]
+
+    def copy(self) -> "Output":
+        """Return the same in memory of its own, which the next replay of a graph does not overwrite."""
+        scored = self.scored and replace(self.scored, query=self.scored.query.clone(), lse=self.scored.lse.clone())
+        features = {layer: each.clone() for layer, each in self.features.items()}
+        return Output(self.logits.clone(), features, scored, self.windows)
 
 
 class HFModel:
@@ -126,10 +132,10 @@ class HFModel:
         capacity += BUCKETS[-1]  # rows that pad a bucket
         unit = max(1024, 1 << capacity.bit_length() - 3)  # few sizes, so that memory and graphs serve again
         capacity = -(-capacity // unit) * unit
-        memory, steps = self._spare or (Memory(), StaticSteps(self._run_static, self._static_kernel()))
-        self._spare = None
-        if any(pair[0].shape[3] != capacity for pair in memory.blocks):
-            memory, steps = Memory(), StaticSteps(self._run_static, self._static_kernel())
+        spare, self._spare = self._spare, None
+        if spare is None or any(pair[0].shape[3] != capacity for pair in spare[0].blocks):
+            spare = Memory(), StaticSteps(self._run_static, self._static_kernel())
+        memory, steps = spare
         cache = TreeCache(layers, capacity, one_block, memory, move)
         self._steps[cache] = steps
         weakref.finalize(cache, setattr, self, "_spare", (memory, steps))
@@ -235,7 +241,9 @@ class HFModel:
         cache.advance(rows)
         logits = step.logits[:rows] if keep_logits is None else step.logits[rows - keep_logits : rows]
         features = {layer: each[:rows] for layer, each in step.features.items()}
-        return Output(logits, features, step.scored, step.windows)
+        scored = step.scored and replace(step.scored, query=step.scored.query[:, :rows], lse=step.scored.lse[:, :rows])
+        out = Output(logits, features, scored, step.windows)
+        return out if mask is not None else out.copy()  # of a prompt's end, to which somebody may come back
 
     def _run_static(
         self, cache: TreeCache, ids: Tensor, positions: Tensor, taps: tuple[int, ...], call: StaticCall

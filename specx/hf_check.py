@@ -36,6 +36,8 @@ def static_trouble(wrapped: Any, asked: bool) -> str | None:
     """Return why a model's steps cannot have static shapes, or need none; None if they shall."""
     if wrapped.device.type != "cuda" and not asked:
         return f"{wrapped.device.type} needs none"
+    if not wrapped.hybrid:
+        return "one dense mask was asked for"
     if len(wrapped.devices()) > 1:
         return "the model is spread over several devices"
     kinds = {kind for module in wrapped.model.modules() for kind in rope_types(module)}

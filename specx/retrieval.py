@@ -14,6 +14,8 @@ from torch import Tensor
 
 from specx.config import CacheConfig, TreeConfig
 
+_HAS_TRITON = find_spec("triton") is not None
+
 
 def chunk_scores(
     key: Tensor,
@@ -38,7 +40,7 @@ def chunk_scores(
         float32 [C], C = ceil(L / chunk_size).
     """
     groups, length, dim = key.shape
-    if key.is_cuda and find_spec("triton"):
+    if key.is_cuda and _HAS_TRITON:
         from specx import kernel_launch
 
         if (

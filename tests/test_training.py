@@ -7,7 +7,8 @@ import pytest
 
 from specx.data import stdlib
 from specx.training.corpus import WindowSampler, encode_groups, train_tokenizer
-from specx.training.demo import DRAFT, RECIPES, Trainer, batches, build, learning_rate, train
+from specx.training.demo import Trainer, batches, build, learning_rate, train
+from specx.training.recipes import DRAFT, RECIPES
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
 TINY = replace(

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,179 +26,9 @@ from specx.data import stdlib
 from specx.training.card import card
 from specx.training.corpus import WindowSampler, encode_groups, read_groups, train_tokenizer
 from specx.training.eagle import TrainableHead, head_config
+from specx.training.recipes import HEADS, PAIR, RECIPES, VOCAB_SIZE, Recipe
 
-VOCAB_SIZE = 4096
 SAVE_SECONDS = 300
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One run of a model's training. `phases` are (end as a share of all tokens, rows, window length)."""
-
-    model: dict[str, Any]
-    tokens: int
-    learning_rate: float
-    phases: tuple[tuple[float, int, int], ...]
-    copy_rate: float
-    long_share: float = 0.0  # of the tokens, drawn evenly over the last 30 % of training
-    long_length: int = 0
-    long_tail: int = 0  # long windows after that, at a fifth of the learning rate falling to zero
-    long_within: bool = False  # long windows are cut from one group of files, with a copied span every 1024 tokens
-    copies: int = 0  # copied spans every 1024 tokens of every window, each window cut from one group of files
-    scramble: float = 0.0  # share of copied spans of random tokens, which nothing but copying predicts
-    until: int | None = None  # tokens after which the run was ended although its schedule goes on
-    sharpen: float = 1.0  # scales the queries as the run begins: attention over many keys is spread too thin
-    loss_from: int = 0  # tokens of each window that are only read
-    distill: bool = False  # learn the finished target's distribution instead of the text's next token
-    seed: int = 0
-    common: dict[str, Any] = field(
-        default_factory=lambda: {
-            "vocab_size": VOCAB_SIZE,
-            "tie_word_embeddings": True,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "rms_norm_eps": 1e-5,
-        }
-    )
-
-
-TARGET = Recipe(
-    model={
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 16384,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
-    },
-    tokens=7_000_000,
-    learning_rate=3e-3,
-    phases=((0.6, 4, 1024), (1.0, 2, 2048)),
-    copy_rate=0.15,
-    long_share=0.08,
-    long_length=12288,
-    long_tail=40,
-)
-DRAFT = Recipe(
-    model={
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 1024,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-    tokens=10_000_000,
-    learning_rate=3e-3,
-    phases=((0.7, 8, 512), (1.0, 4, 1024)),
-    copy_rate=0.4,
-)
-
-# Later runs go on from the weights of the one before: warmed up again, with other windows. The bundled draft was
-# distilled from the target as it was after its third run.
-RECIPES: dict[str, tuple[Recipe, ...]] = {
-    "target": (
-        TARGET,
-        replace(
-            TARGET,
-            tokens=4_500_000,
-            learning_rate=1.5e-3,
-            phases=((1.0, 2, 2048),),
-            long_share=0.06,
-            long_tail=60,
-            long_within=True,
-            until=4_882_432,
-            seed=1,
-        ),
-        replace(
-            TARGET,
-            tokens=3_200_000,
-            learning_rate=1.2e-3,
-            phases=((1.0, 1, 4096),),
-            long_share=0.12,
-            long_tail=0,
-            copies=4,
-            scramble=0.15,
-            seed=2,
-        ),
-        replace(
-            TARGET,
-            tokens=50 * 13312,
-            learning_rate=5e-4,
-            phases=((1.0, 1, 13312),),
-            long_share=0.0,
-            long_tail=0,
-            copies=1,
-            seed=3,
-        ),
-        replace(
-            TARGET,
-            tokens=24 * 13312,
-            learning_rate=3e-4,
-            phases=((1.0, 1, 13312),),
-            long_share=0.0,
-            long_tail=0,
-            copies=2,
-            seed=4,
-        ),
-        replace(
-            TARGET,
-            tokens=40 * 13312,
-            learning_rate=5e-4,
-            phases=((1.0, 1, 13312),),
-            long_share=0.0,
-            long_tail=0,
-            copies=1,
-            sharpen=1.1,
-            loss_from=2048,
-            seed=5,
-        ),
-    ),
-    "draft": (
-        DRAFT,
-        replace(DRAFT, tokens=16_000_000, learning_rate=2e-3, phases=((1.0, 4, 1024),), copy_rate=0.6, seed=1),
-        replace(
-            DRAFT, tokens=10_000_000, learning_rate=2e-3, phases=((1.0, 4, 1024),), copies=4, scramble=0.15, seed=2
-        ),
-        replace(
-            DRAFT,
-            tokens=2_000_000,
-            learning_rate=1e-3,
-            phases=((1.0, 4, 1024),),
-            copies=2,
-            distill=True,
-            seed=3,
-        ),
-    ),
-}
-HEADS = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}
-HEAD_CARD = """---
-license: apache-2.0
----
-# specx demo-{name}
-
-An {version} head ({count:.1f}M parameters) for specx's demo-target, which ships with specx. It drafts Python.
-
-- Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of {length}, without
-  the modules of `specx.data.stdlib.HELD_OUT` and their tests. It learns the target's own distribution.
-- Command: `python -m specx.training.demo --out DIR --part target --part {name}`
-- Licence: Apache-2.0.
-"""
-for version in HEADS:
-    head = Recipe(
-        model={"version": version, "intermediate_size": 688},
-        tokens=1_250_000,
-        learning_rate=3e-3,
-        phases=((1.0, 4, 1024),),
-        copy_rate=0.0,
-        copies=2,
-        scramble=0.1,
-    )
-    RECIPES[version] = (head,)
 
 
 def _causal_attention(
@@ -411,15 +241,35 @@ def export(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
     (folder / "README.md").write_text(text)
 
 
+HEAD_CARD = """---
+license: apache-2.0
+---
+# specx demo-{name}
+
+An {version} head ({count:.1f}M parameters) for specx's demo-target, which ships with specx. It drafts Python.
+
+- Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of {length}, without
+  the modules of `specx.data.stdlib.HELD_OUT` and their tests. It learns the target's own distribution.
+- Command: `python -m specx.training.demo --out DIR --part target --part {name}`
+- Licence: Apache-2.0.
+"""
+
+
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for everything.")
-@click.option("--part", "parts", type=click.Choice(list(RECIPES)), multiple=True, help="Only this model.")
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(list(RECIPES)),
+    multiple=True,
+    help="Of these models only. Default: target and draft.",
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(out: Path, parts: tuple[str, ...], device: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, groups = prepare(out)
     click.echo(f"{sum(map(len, groups)):,} training tokens in {len(groups)} groups")
-    for name in parts or RECIPES:
+    for name in parts or PAIR:
         (out / name).mkdir(exist_ok=True)
         (out / name / "recipe.json").write_text(json.dumps([asdict(r) for r in RECIPES[name]], indent=1))
         teacher = teacher_from(out / "demo-target", device) if name != "target" else None
@@ -435,6 +285,7 @@ def export_head(name: str, model: TrainableHead, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     save_file({key: each.contiguous() for key, each in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(head_config(model, RECIPES[name][0].phases[-1][2]), indent=2) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
     count = sum(each.numel() for each in model.parameters())
     recipe = RECIPES[name][0]
     (folder / "README.md").write_text(
