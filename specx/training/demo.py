@@ -248,7 +248,7 @@ license: apache-2.0
 
 An {version} head ({count:.1f}M parameters) for specx's demo-target, which ships with specx. It drafts Python.
 
-- Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of {length}, without
+- Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of up to {length}, without
   the modules of `specx.data.stdlib.HELD_OUT` and their tests. It learns the target's own distribution.
 - Command: `python -m specx.training.demo --out DIR --part target --part {name}`
 - Licence: Apache-2.0.
@@ -282,16 +282,14 @@ def main(out: Path, parts: tuple[str, ...], device: str) -> None:
 
 def export_head(name: str, model: TrainableHead, folder: Path) -> None:
     """Write a head as its authors' own training does, with a card."""
+    length, tokens = RECIPES[name][-1].phases[-1][2], sum(recipe.tokens for recipe in RECIPES[name])
     folder.mkdir(exist_ok=True)
     save_file({key: each.contiguous() for key, each in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(head_config(model, RECIPES[name][0].phases[-1][2]), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(head_config(model, length), indent=2) + "\n")
     (folder / "model.safetensors").chmod(0o644)
     count = sum(each.numel() for each in model.parameters())
-    recipe = RECIPES[name][0]
     (folder / "README.md").write_text(
-        HEAD_CARD.format(
-            name=name, version=HEADS[name], count=count / 1e6, tokens=recipe.tokens, length=recipe.phases[-1][2]
-        )
+        HEAD_CARD.format(name=name, version=HEADS[name], count=count / 1e6, tokens=tokens, length=length)
     )
 
 

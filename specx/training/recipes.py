@@ -74,8 +74,8 @@ DRAFT = Recipe(
 )
 
 
-def _head(version: str) -> Recipe:
-    return Recipe(
+def _head(version: str) -> tuple[Recipe, ...]:
+    first = Recipe(
         model={"version": version, "intermediate_size": 688},
         tokens=1_250_000,
         learning_rate=3e-3,
@@ -84,6 +84,8 @@ def _head(version: str) -> Recipe:
         copies=2,
         scramble=0.1,
     )
+    longer = replace(first, tokens=3_700_000, learning_rate=2e-3, phases=((0.7, 4, 1024), (1.0, 2, 2048)), seed=1)
+    return (first, longer)
 
 
 # Later runs go on from the weights of the one before: warmed up again, with other windows. The bundled draft was
@@ -162,8 +164,8 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             seed=3,
         ),
     ),
-    "eagle1": (_head("eagle1"),),
-    "eagle3": (_head("eagle3"),),
+    "eagle1": _head("eagle1"),
+    "eagle3": _head("eagle3"),
 }
 PAIR = ("target", "draft")
 HEADS = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}
