@@ -248,7 +248,8 @@ license: apache-2.0
 
 An {version} head ({count:.1f}M parameters) for specx's demo-target, which ships with specx. It drafts Python.
 
-- Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of up to {length}, without
+- Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of up to
+  {length}, without
   the modules of `specx.data.stdlib.HELD_OUT` and their tests. It learns the target's own distribution.
 - Command: `python -m specx.training.demo --out DIR --part target --part {name}`
 - Licence: Apache-2.0.
