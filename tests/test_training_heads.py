@@ -52,9 +52,9 @@ def steps_of(model: EagleModel, states: torch.Tensor, unrolled: int) -> list[tup
 
 @torch.no_grad()
 @pytest.mark.parametrize("unrolled", [1, 2, 3])
-def test_eagle3_is_trained_on_what_a_chain_computes(unrolled, tmp_path, monkeypatch):
-    monkeypatch.setattr(eagle, "UNROLLED", unrolled)
+def test_eagle3_is_trained_on_what_a_chain_computes(unrolled, tmp_path):
     head, model, states, wanted = made("eagle3", tmp_path)
+    head.unrolled = unrolled
     steps = steps_of(model, states, unrolled)
     losses = [F.cross_entropy(logits, wanted[step:]) for step, (_, logits) in enumerate(steps)]
     truth = sum(0.8**step * each for step, each in enumerate(losses)) / sum(0.8**step for step in range(unrolled))

@@ -84,8 +84,9 @@ class Trainer:
         self.recipe, self.device, self.teacher = recipe, device, teacher
         self.model: Any = self.build().to(device)
         named = list(self.model.named_parameters())
-        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-        others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+        inner = {name for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name}
+        matrices = [p for name, p in named if name in inner]
+        others = [p for name, p in named if name not in inner]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -156,6 +157,11 @@ class HeadTrainer(Trainer):
         assert self.teacher is not None
         torch.manual_seed(self.recipe.seed)
         return TrainableHead(self.recipe.model["version"], self.teacher, self.recipe.model["intermediate_size"])
+
+    def begin(self, run: int, recipe: Recipe) -> None:
+        """Take up a run; each says how far the head is unrolled."""
+        super().begin(run, recipe)
+        self.model.unrolled = recipe.unrolled
 
     def loss(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Loss of the head in its own units; its windows have one token more."""

@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM
 
 from specx.adapters.eagle_rope import rope_options, rotation
 
-UNROLLED = 3  # steps of the training-time test: the first one reads the target's features, the others the head's own
 NOISE = 0.2  # EAGLE-1 adds uniform noise of this width to the target's features
 
 
@@ -23,7 +22,13 @@ class TrainableHead(nn.Module):
         version: "eagle1" or "eagle3".
         target: The finished target; gives embeddings, features and, to EAGLE-1, its LM head.
         intermediate: Width of the head's MLP.
+
+    Attributes:
+        unrolled: Steps of EAGLE-3's training-time test: the first one reads the target's features, the others what the
+            head itself gave.
     """
+
+    unrolled = 3
 
     def __init__(self, version: str, target: LlamaForCausalLM, intermediate: int) -> None:
         super().__init__()
@@ -79,7 +84,7 @@ class TrainableHead(nn.Module):
             return near + 0.1 * F.cross_entropy(guess.flatten(0, 1), wanted.flatten(0, 1))
         states, total = self.fc(read[:, :-1]), torch.zeros((), device=tokens.device)
         past: list[tuple[Tensor, Tensor]] = []
-        for step in range(UNROLLED):
+        for step in range(self.unrolled):
             layer = self._layer[0]
             entry = torch.cat([layer["input_layernorm"](embeds), layer["hidden_norm"](states)], -1)
             hidden, kept = self._step(entry, states, past)
@@ -88,7 +93,7 @@ class TrainableHead(nn.Module):
             each = F.cross_entropy(guess[:, step:].flatten(0, 1), wanted[:, step:].flatten(0, 1))
             total = total + 0.8**step * each
             states = torch.cat([states[:, :1], hidden[:, :-1]], 1)  # the head's own output stands in for the feature
-        return total / sum(0.8**step for step in range(UNROLLED))
+        return total / sum(0.8**step for step in range(self.unrolled))
 
     def _step(
         self, entry: Tensor, residual: Tensor | None, past: list[tuple[Tensor, Tensor]]

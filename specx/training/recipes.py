@@ -25,6 +25,7 @@ class Recipe:
     sharpen: float = 1.0  # scales the queries as the run begins: attention over many keys is spread too thin
     loss_from: int = 0  # tokens of each window that are only read
     distill: bool = False  # learn the finished target's distribution instead of the text's next token
+    unrolled: int = 1  # steps of EAGLE-3's training-time test
     seed: int = 0
     common: dict[str, Any] = field(
         default_factory=lambda: {
@@ -77,14 +78,17 @@ DRAFT = Recipe(
 def _head(version: str) -> tuple[Recipe, ...]:
     first = Recipe(
         model={"version": version, "intermediate_size": 688},
-        tokens=1_250_000,
+        tokens=9_000_000,
         learning_rate=3e-3,
-        phases=((1.0, 4, 1024),),
+        phases=((1.0, 4, 512),),
         copy_rate=0.0,
         copies=2,
         scramble=0.1,
+        unrolled=1,
     )
-    longer = replace(first, tokens=3_700_000, learning_rate=2e-3, phases=((0.7, 4, 1024), (1.0, 2, 2048)), seed=1)
+    longer = replace(
+        first, tokens=1_600_000, learning_rate=1e-3, phases=((0.6, 4, 1024), (1.0, 2, 2048)), unrolled=3, seed=1
+    )
     return (first, longer)
 
 
