@@ -52,6 +52,17 @@ def load(target: str, head: str, device: str = "cpu", **options: Any) -> Any:
     return model.eval()
 
 
+def follow_rope_theta(model: Any) -> None:
+    """Let the object's target rotate by the base that its config names, which the package ignores."""
+    config = model.base_model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
+    for module in model.base_model.modules():
+        if theta is not None and hasattr(module, "_set_cos_sin_cache"):
+            module.base = float(theta)
+            _rebuild(module, model.base_model.lm_head.weight.device)
+
+
 @contextmanager
 def compatible() -> Iterator[ModuleType]:
     """Let `eagle-llm` load models inside; yield its module `eagle.model.ea_model`. Afterwards it is as it was.

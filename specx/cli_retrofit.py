@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of both models. Default: the checkpoint's."
 )
+@click.option("--fix-rope", is_flag=True, help="Let eagle-llm follow the target's rope_theta, which it ignores.")
 @click.option("--use-specextend/--no-specextend", "specextend", default=True, show_default=True, help="As for run.")
 @options_of(CacheConfig, TreeConfig)
 def retrofit_check(**given: Any) -> None:
@@ -79,6 +80,7 @@ def _job(given: dict[str, Any], places: dict[str, str], text: str | None) -> tup
     names = [each.name for config in (CacheConfig, TreeConfig) for each in fields(config)]
     options = {name: given[name] for name in names if given[name] is not None}
     rest = {"new": given["max_new_tokens"], "dtype": given["dtype"], "specextend": given["specextend"]}
+    rest["fix_rope"] = given["fix_rope"]
     return {"target": target, "head": head, "ids": ids, "device": device, "options": options, **rest}, tokenizer
 
 
@@ -100,6 +102,7 @@ def _print(own: "Way", ours: "Way", tokenizer: Any) -> None:
     )
     figures("tau", "{:.2f}", own.tau, ours.tau)
     figures("tokens/s", "{:.1f}", own.tokens_per_second, ours.tokens_per_second)
+    figures("decode tokens/s", "{:.1f}", own.decode_tokens_per_second, ours.decode_tokens_per_second)
     figures("memory, MiB", "+{:.0f}", *(None if each.failed else each.memory_bytes / 2**20 for each in (own, ours)))
     at = first_difference(own.tokens, ours.tokens)
     if own.failed:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specx.adapters.eagle_llm import load
+from specx.adapters.eagle_llm import follow_rope_theta, load
 from specx.adapters.retrofit import Retrofit, retrofit
 from specx.eval.memory import peak_bytes, reset
 from specx.hf_config import positions_of
@@ -32,6 +32,7 @@ class Way:
         failed: How and where, or "".
         tau: Tokens emitted by verification steps over their number.
         tokens_per_second: Of the whole call, prefill included.
+        decode_tokens_per_second: Without prefill; for the package from its second forward on, its first tree for free.
         memory_bytes: The most in use during it, beyond what was in use once both models were loaded.
         plain: What transformers' own greedy decoding of the same target gives; only where specx ran.
         notes: What is known to be computed differently.
@@ -42,6 +43,7 @@ class Way:
     failed: str = ""
     tau: float | None = None
     tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
     memory_bytes: int = 0
     plain: list[int] | None = None
     notes: tuple[str, ...] = ()
@@ -52,13 +54,13 @@ def run_both(job: dict[str, Any]) -> tuple[Way, Way]:
     """Run a prompt through `eagle-llm` itself and through the retrofitted object.
 
     Args:
-        job: target and head (directories), ids, new (tokens), device, dtype (None: the checkpoint's), specextend, and
-            options of `retrofit`.
+        job: target and head (directories), ids, new (tokens), device, dtype (None: the checkpoint's), fix_rope (let the
+            package follow its target's rope_theta), specextend, and options of `retrofit`.
 
     Raises:
         RuntimeError: If a process fails before anything was generated; its last line says why.
     """
-    own, ours = (_in_a_process(job | {"retrofitted": retrofitted}) for retrofitted in (False, True))
+    own, ours = (run_one(job, retrofitted) for retrofitted in (False, True))
     return own, ours
 
 
@@ -69,7 +71,9 @@ def first_difference(left: list[int], right: list[int]) -> int | None:
     return next((at for at, (one, two) in pairs if one != two), short if len(left) != len(right) else None)
 
 
-def _in_a_process(job: dict[str, Any]) -> Way:
+def run_one(job: dict[str, Any], retrofitted: bool) -> Way:
+    """Run one way in a process of its own; see `run_both`."""
+    job = job | {"retrofitted": retrofitted}
     command = [sys.executable, "-m", "specx.retrofit_check"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:
@@ -84,6 +88,8 @@ def measure(job: dict[str, Any]) -> Way:
     """Run one way in this process; see `run_both`."""
     options = {} if job["dtype"] is None else {"dtype": getattr(torch, job["dtype"])}
     model = load(job["target"], job["head"], job["device"], **options)
+    if job["fix_rope"]:
+        follow_rope_theta(model)
     ids = torch.tensor([job["ids"]], device=job["device"])
     if not job["retrofitted"]:
         return _measured(model, ids, job["new"], None)
@@ -92,8 +98,8 @@ def measure(job: dict[str, Any]) -> Way:
 
 
 def _measured(model: Any, ids: Tensor, new: int, handle: Retrofit | None) -> Way:
-    forwards: list[int] = []
-    counter = model.base_model.model.register_forward_hook(lambda *_: forwards.append(1))
+    forwards: list[float] = []  # when each began
+    counter = model.base_model.model.register_forward_pre_hook(lambda *_: forwards.append(time.perf_counter()))
     try:
         model.eagenerate(ids[:, -64:], temperature=0.0, max_new_tokens=_WARM)
         for name in ("past_key_values", "past_key_values_data", "current_length_data"):
@@ -102,23 +108,27 @@ def _measured(model: Any, ids: Tensor, new: int, handle: Retrofit | None) -> Way
         before, began = reset(ids.is_cuda), time.perf_counter()
         # Its own default would end after one step behind 2048 tokens.
         out = model.eagenerate(ids, temperature=0.0, max_new_tokens=new, max_length=ids.shape[1] + 2 * new + 64)
-        seconds = time.perf_counter() - began  # the output has been looked at: nothing is under way on a device
+        ended = time.perf_counter()  # the output has been looked at: nothing is under way on a device
         tokens = out[0, ids.shape[1] :].tolist()
         peak = max(0, peak_bytes(ids.is_cuda) - before)
     except Exception as error:  # whatever a package that checks nothing beforehand raises
         return Way([], failed=_where(error))
     finally:
         counter.remove()
-    rate, steps = len(tokens) / seconds, len(forwards) - 1
+    rate, steps = len(tokens) / (ended - began), len(forwards) - 1
     kept = _cut(tokens, model.tokenizer.eos_token_id, new)
     if handle is None or handle.last is None:
-        return Way(kept, "", len(tokens) / steps if steps else None, rate, peak)
+        decode = (len(tokens) - 1) / (ended - forwards[1]) if steps else None  # one token is the prefill's
+        return Way(kept, "", len(tokens) / steps if steps else None, rate, decode, peak)
     left = (positions_of(handle.engine.config) or ids.shape[1] + new) - ids.shape[1]
     plain = handle.engine.model.generate(
         ids, max_new_tokens=min(new, left), do_sample=False, eos_token_id=model.tokenizer.eos_token_id, pad_token_id=0
     )
     answer, exact = plain[0, ids.shape[1] :].tolist(), handle.engine.dtype == torch.float32
-    return Way(kept, "", handle.last.stats["tau"], rate, peak, answer, tuple(handle.notes), exact)
+    stats = handle.last.stats
+    return Way(
+        kept, "", stats["tau"], rate, stats["decode_tokens_per_second"], peak, answer, tuple(handle.notes), exact
+    )
 
 
 def _cut(tokens: list[int], end: int | None, new: int) -> list[int]:

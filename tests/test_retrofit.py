@@ -319,6 +319,14 @@ class TestCommand:
         assert "although its config says rope_theta 500000" in result.stdout
         assert "retrofitted output: identical to transformers' own" in result.stdout
 
+    def test_the_package_put_right(self, turned):
+        result = self.call(
+            turned, "--prompt", self.prompt(60), "--max-new-tokens", "24", "--device", "cpu", "--fix-rope"
+        )
+        assert result.exit_code == 0, result.output
+        assert "outputs: identical" in result.stdout
+        assert "rope_theta" not in result.stdout
+
     def test_a_crash_of_the_package(self, stretched, tmp_path):
         (tmp_path / "prompt.txt").write_text(self.prompt(LONG))
         result = self.call(

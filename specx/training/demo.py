@@ -289,7 +289,7 @@ def main(out: Path, parts: tuple[str, ...], device: str) -> None:
 
 def export_head(name: str, model: TrainableHead, folder: Path) -> None:
     """Write a head as its authors' own training does, with a card."""
-    length, tokens = RECIPES[name][-1].phases[-1][2], sum(recipe.tokens for recipe in RECIPES[name])
+    length, tokens = RECIPES[name][-1].phases[-1][2], sum(recipe.until or recipe.tokens for recipe in RECIPES[name])
     folder.mkdir(exist_ok=True)
     save_file({key: each.contiguous() for key, each in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(head_config(model, length), indent=2) + "\n")

@@ -75,7 +75,7 @@ DRAFT = Recipe(
 )
 
 
-def _head(version: str) -> tuple[Recipe, ...]:
+def _head(version: str, until: int) -> tuple[Recipe, ...]:
     first = Recipe(
         model={"version": version, "intermediate_size": 688},
         tokens=9_000_000,
@@ -84,10 +84,16 @@ def _head(version: str) -> tuple[Recipe, ...]:
         copy_rate=0.0,
         copies=2,
         scramble=0.1,
-        unrolled=1,
+        until=until,
     )
     longer = replace(
-        first, tokens=1_600_000, learning_rate=1e-3, phases=((0.6, 4, 1024), (1.0, 2, 2048)), unrolled=3, seed=1
+        first,
+        tokens=1_200_000,
+        learning_rate=1.5e-3,
+        phases=((0.7, 4, 1024), (1.0, 2, 2048)),
+        until=None,
+        unrolled=3,
+        seed=1,
     )
     return (first, longer)
 
@@ -168,8 +174,8 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             seed=3,
         ),
     ),
-    "eagle1": _head("eagle1"),
-    "eagle3": _head("eagle3"),
+    "eagle1": _head("eagle1", until=5_000_000),
+    "eagle3": _head("eagle3", until=6_000_000),
 }
 PAIR = ("target", "draft")
 HEADS = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}
