@@ -1,8 +1,9 @@
 """The released `eagle-llm` 1.2.1 under transformers 5: it loads there, and computes what it computes under 4.
 
-It is never imported unless asked for, and patched only inside a `with`. Two things changed under its feet. A config's
-`rope_scaling` is never None any more, and says "rope_type" where it said "type". And models are made without memory,
-so that buffers which no checkpoint holds, here the tables of the rotary embedding, are whatever lay there.
+It is never imported unless asked for, and patched only inside a `with`. Three things changed under its feet. A config's
+`rope_scaling` is never None any more, and says "rope_type" where it said "type". Tied weights are named in pairs. And
+models are made without memory, so that buffers which no checkpoint holds, here the tables of the rotary embedding, are
+whatever lay there.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from torch import nn
 
 from specx.adapters.checkpoints import quiet
 
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}  # transformers 4 had a list of the keys alone
 INSTALL = "pip install --no-deps eagle-llm==1.2.1"
 
 
@@ -85,6 +87,7 @@ def compatible() -> Iterator[ModuleType]:
         for model in (llama.LlamaForCausalLM, mixtral.MixtralForCausalLM):
             loader = classmethod(_with_tables(model.from_pretrained.__func__))
             patches.enter_context(_replaced(model, "from_pretrained", loader))
+            patches.enter_context(_replaced(model, "_tied_weights_keys", _TIED))
         yield package
 
 

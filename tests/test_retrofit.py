@@ -19,7 +19,7 @@ import specx
 from specx import cli
 from specx.adapters import eagle_llm
 from specx.adapters.live import shared_target
-from specx.retrofit_check import first_difference
+from specx.retrofit_check import Way, first_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of eagle-llm's, which is older than the libraries it runs on
 real = pytest.mark.skipif(not eagle_llm.installed(), reason=f"eagle-llm is not there: {eagle_llm.INSTALL}")
@@ -489,3 +489,33 @@ class TestRefusals:
         assert shared.dtype == torch.bfloat16
         assert shared.model.rotary_emb.inv_freq.dtype == torch.float32
         assert weights(shared) <= weights(target)
+
+
+class TestMeasurement:
+    def test_rows_and_table(self, monkeypatch, tmp_path):
+        """Runs are stood in for; that an EAGLE-1 head is written as the package reads it is not."""
+        from specx.eval import retrofit as measurement
+
+        seen = []
+
+        def run_one(job, retrofitted):
+            seen.append(set(torch.load(Path(job["head"]) / "pytorch_model.bin", weights_only=True)))
+            if not retrofitted and not job["fix_rope"]:
+                return Way([], failed="RuntimeError in cat")
+            return Way([1, 2], "", 2.0, 3.0, 4.0, 5 << 20, [1, 2] if retrofitted else None)
+
+        monkeypatch.setattr(measurement, "run_one", run_one)
+        monkeypatch.setattr(measurement, "installed", lambda: True)
+        out = tmp_path / "found"
+        command = ["--out", str(out), "--lengths", "64,96", "--prompts", "2"]
+        result = CliRunner().invoke(measurement.main, command)
+        assert result.exit_code == 0, result.output
+        rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+        assert len(rows) == 2 * 2 * len(measurement.WAYS) == len(seen)
+        assert all("embed_tokens.weight" in keys and "fc.weight" in keys for keys in seen)
+        text = (out / "summary.md").read_text()
+        assert "| 64 | eagle-llm | failed | failed | failed | failed | 0 of 2 |" in text
+        assert "| 96 | retrofitted, auto | 2.00 | 4.0 | 3.0 | 5 | 2 of 2 |" in text
+        assert "eagle-llm: RuntimeError in cat" in text
+        again = CliRunner().invoke(measurement.main, command)
+        assert (again.exit_code, "already holds results" in again.output) == (2, True)
