@@ -34,6 +34,8 @@ def _eagle(repo: str, target: str, draft_context: int | None = 2048) -> KnownDra
 LOOKUP = "lookup"
 DRAFTS = {
     "demo": KnownDraft("demo-draft", "demo", "classic", 1024),
+    "demo-eagle1": _eagle("demo-eagle1", "demo"),
+    "demo-eagle3": _eagle("demo-eagle3", "demo"),
     LOOKUP: KnownDraft("", "demo", "lookup", None),
     "vicuna-68m": KnownDraft("double7/vicuna-68m", "vicuna-7b", "classic", 2048),
     "llama-68m": KnownDraft("JackFram/llama-68m", "longchat-7b", "classic", 2048),

@@ -106,6 +106,15 @@ class TestCompatibility:
         ids = prompt_of(300)[None]
         assert (stretched.live().base_model(ids).logits - stretched.target(ids).logits).abs().max() < 1e-4
 
+    def test_tied_weights_too(self, tmp_path):
+        tied, ids = Pair(tmp_path, "tied", tie_word_embeddings=True), prompt_of(300)[None]
+        live = tied.live()
+        assert live.base_model.lm_head.weight is live.base_model.model.embed_tokens.weight
+        assert (live.base_model(ids).logits - tied.target(ids).logits).abs().max() < 1e-4
+        with specx.retrofit(live):
+            out = live.eagenerate(ids[:, :40], max_new_tokens=8)
+        assert torch.equal(out[:, :48], own_ids(tied.target, ids[:, :40], 8))
+
     def test_its_own_output_is_the_targets(self, plain, live):
         out = live.eagenerate(prompt_of(40)[None], max_new_tokens=24)
         assert torch.equal(out, own_ids(plain.target, prompt_of(40)[None], out.shape[1] - 40))
