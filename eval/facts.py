@@ -10,6 +10,7 @@ import transformers
 
 import specx
 from specx.api import SpeculativeModel
+from specx.profiles import processor
 
 
 def facts_of(command: str, data: str, target: str | None, model: SpeculativeModel) -> dict[str, str]:
@@ -29,6 +30,7 @@ def facts_of(command: str, data: str, target: str | None, model: SpeculativeMode
         "models": f"target {target or Path(model.target.name_or_path).name or type(model.target).__name__}, "
         f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}; {drafting}",
         "data": data,
+        "profile": model.profile.about,
         "attention": f"{engine.backend}: {engine.backend_reason}",
         "load average before": f"{os.getloadavg()[0]:.2f} on {os.cpu_count()} cores",
     }  # fmt: skip
@@ -41,7 +43,7 @@ def version_of() -> str:
 
 def machine_of(device: torch.device) -> str:
     """Return the device's name, and what runs there."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return (
         f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
@@ -59,12 +61,3 @@ def _commit() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.machine()

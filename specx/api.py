@@ -29,9 +29,11 @@ from specx.draft import DraftModel
 from specx.generation import Generation
 from specx.hf import HFModel
 from specx.hf_config import positions_of
+from specx.profiles import NO_PROFILE, Profile, key_of, load_profile
 from specx.text import TextStream
 
 _SHOWN_TOKENS = 8  # of each kept chunk, in a trace
+TREE_SHAPE = frozenset({"nodes", "depth", "beam"})
 Prompt = str | Sequence[int] | Tensor
 
 
@@ -51,12 +53,14 @@ class SpeculativeModel:
         tokenizer: Its tokenizer, or None.
         draft: The loaded draft, or None: plain decoding.
         settings: Defaults of every generation option.
+        profile: What `specx tune` measured: it chooses the trees where none is asked for.
     """
 
     def __init__(
         self, target: HFModel, draft: DraftModel | None, tokenizer: Any | None, settings: Settings | None = None
     ) -> None:
         self.engine, self.draft, self.tokenizer = target, draft, tokenizer
+        self.profile = NO_PROFILE
         self.target: PreTrainedModel = target.model
         self.settings = settings or Settings()
 
@@ -94,6 +98,8 @@ class SpeculativeModel:
         if settings.stopping.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer; this target was loaded without one")
         out = Generation(len(ids), trace=[] if trace else None)
+        if self.draft and not plain:
+            settings = self._with_tree(settings, not TREE_SHAPE.isdisjoint(options), len(ids), out)
         text = TextStream(self.tokenizer, settings.stopping.stop) if self.tokenizer is not None else None
         texts: list[str] = []
 
@@ -117,6 +123,21 @@ class SpeculativeModel:
         draft = None if plain or settings.tree.nodes == 1 else self.draft
         steps = decode(self.engine, draft, ids, settings, out, stop)
         return out, run()
+
+    def _with_tree(self, settings: Settings, asked: bool, context: int, out: Generation) -> Settings:
+        """Put in the tree that the profile calls for, unless one was asked for; the stats say which it is."""
+        costs, about = self.profile.costs, self.profile.about
+        if self.profile.ignored:
+            out.notes.append(f"profile {about}")
+        if costs and asked:
+            about = "not used: a tree was asked for"
+        elif costs:
+            room = settings.cache.draft_context or self.draft.draft_context if self.draft else 0
+            tree = costs.best_tree(context, deepest=max(settings.tree.depth, room // 16))  # deep trees need positions
+            settings = settings.override(nodes=tree.nodes, depth=tree.depth, beam=tree.beam)
+        shape = settings.tree
+        out.facts |= {"profile": about, "nodes": shape.nodes, "depth": shape.depth, "beam": shape.beam}
+        return settings
 
     def _describe(self, record: dict[str, Any], ids: Tensor, new: list[int], chunk_size: int) -> None:
         """Add to a step's record what text each kept chunk starts with."""
@@ -230,7 +251,19 @@ def load(
     if draft is None:
         return SpeculativeModel(engine, None, tokenizer, settings)
     adapter = load_draft(draft, draft_where, engine, settings.cache.draft_context, config, tokens)
-    return SpeculativeModel(engine, adapter, tokenizer, settings)
+    model = SpeculativeModel(engine, adapter, tokenizer, settings)
+    model.profile = _profile(engine, adapter, config.profile, not TREE_SHAPE.isdisjoint(options))
+    return model
+
+
+def _profile(target: HFModel, draft: DraftModel, wanted: bool | None, asked: bool) -> Profile:
+    """Return what was measured of a pair, nothing where a tree was asked for."""
+    if wanted is False or (asked and not wanted):
+        return Profile(None, "not used: a tree was asked for" if asked else "not used: turned off")
+    found = load_profile(key_of(target, draft))
+    if wanted and found.costs is None:
+        raise ValueError(f"there is no profile of this pair, device and these versions ({found.about}): run specx tune")
+    return found
 
 
 def _named(given: Any) -> Any:

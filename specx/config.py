@@ -202,6 +202,12 @@ class LoadConfig(Checked):
         default=None,
         metadata={"help": "Steps of static shapes, captured as CUDA graphs. Default: on CUDA, where they can be."},
     )
+    profile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Choose nodes, depth and beam by what specx tune measured. Default: where it has, for these."
+        },
+    )
     quantization: str | None = option(None, "Of the target (needs bitsandbytes).", choices=("4bit", "8bit"))
     draft_vocab: str | None = option(
         None,

@@ -62,6 +62,7 @@ def report(target: str | None, draft: str | None, specextend: bool, options: dic
         yield _line("head" if draft != LOOKUP else "", line), True
     if draft != LOOKUP:
         yield _line("context", f"draft_context {model.draft.draft_context}, from {model.draft.context_source}"), True
+    yield _line("profile", _profile(model)), not model.profile.ignored
     yield _tokenizers(model, draft or "demo", bool(options.get("trust_remote_code")))
     yield _probe(model)
 
@@ -95,6 +96,16 @@ def _versions() -> str:
         except metadata.PackageNotFoundError:
             found.append(f"{name} not installed")
     return ", ".join(found)
+
+
+def _profile(model: SpeculativeModel) -> str:
+    """Say what `specx tune` has measured of this pair, and what is chosen by it."""
+    costs = model.profile.costs
+    if costs is None:
+        hint = "" if model.profile.ignored else "; specx tune measures what steps cost here, and trees are chosen by it"
+        return model.profile.about + hint
+    trees = ", ".join(f"{t.nodes}/{t.depth}/{t.beam} after {n}" for n in costs.contexts for t in [costs.best_tree(n)])
+    return f"{model.profile.about}; nodes/depth/beam {trees} tokens"
 
 
 def _tokenizers(model: SpeculativeModel, draft: str, trust_remote_code: bool) -> Finding:

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,14 @@ def pair(target: Any, draft: Any, draft_context: int = 128, backend: str = "auto
     engine = HFModel(target, backend)
     plug = ClassicModel("tiny", HFModel(draft, backend), engine.vocab_size, draft_context, "the test")
     return SpeculativeModel(engine, plug, None, **kwargs)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the user has measured on this machine decides nothing in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

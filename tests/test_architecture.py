@@ -13,7 +13,7 @@ import specx
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports its own layer and those before it.
 LAYERS = [
-    {"config", "tree"},
+    {"config", "tree", "costs"},
     {"backends", "kernels", "kernel_launch", "cache", "retrieval", "acceptance"},
     {"static_attention"},
     {"attention"},
@@ -21,16 +21,17 @@ LAYERS = [
     {"static"},
     {"sampling", "hf", "hf_check", "text"},
     {"target", "draft", "rotary"},
+    {"profiles"},
     {"controller", "store", "generation"},
     {"decoding"},
     {"data"},
     {"adapters"},
     {"api"},
     {"doctor", "retrofit_check", "training", "eval"},
-    {"cli", "cli_bench", "cli_eval", "cli_options", "cli_retrofit", "output", "__main__"},
+    {"cli", "cli_bench", "cli_eval", "cli_options", "cli_retrofit", "cli_tune", "output", "__main__"},
 ]
 # Plain tables and dataclasses: anyone above config may read them, and they may not import torch.
-ANYWHERE = {"specx.adapters.names", "specx.config"}
+ANYWHERE = {"specx.adapters.names", "specx.config", "specx.costs"}
 
 
 def package_folders() -> list[Path]:
@@ -169,6 +170,7 @@ def test_importing_specx_imports_no_torch():
         ["--version"],
         ["run", "--help"],
         ["bench", "step", "--help"],
+        ["tune", "--help"],
         ["retrofit-check", "--help"],
         ["models"],
     ],

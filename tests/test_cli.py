@@ -492,7 +492,7 @@ ISSUE = """target draft use-specextend no-specextend input prompt chat no-chat m
     top-k top-p repetition-penalty seed stop policy draft-context chunk-size top-chunks retrieve-every sinks recent
     refill store score-heads score-layer nodes depth beam tree-threshold backend dtype device device-map quantization
     draft-vocab draft-vocab-size
-    pack-weights no-pack-weights graphs no-graphs
+    pack-weights no-pack-weights graphs no-graphs profile no-profile
     trust-remote-code flash-prefill no-flash-prefill hybrid-attention no-hybrid-attention compare stats-json verbose
     debug help"""
 
@@ -507,7 +507,7 @@ class TestHelp:
 
     def test_the_options_of_doctor(self):
         assert self.names(cli.doctor) - {
-            f"--no-{each}" for each in ("flash-prefill", "hybrid-attention", "pack-weights", "graphs")
+            f"--no-{each}" for each in ("flash-prefill", "hybrid-attention", "pack-weights", "graphs", "profile")
         } == {f"--{name.replace('_', '-')}" for name in MODEL - {"help"}} | {"--no-specextend"}
 
     @pytest.mark.parametrize(

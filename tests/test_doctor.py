@@ -16,7 +16,7 @@ def lines(target, draft, **options):
 def test_a_healthy_pair(disk):
     found = lines(disk.target, disk.draft)
     subjects = [subject for subject, _, _ in found]
-    expected = "versions devices target backend self-check score draft context tokenizers probe"
+    expected = "versions devices target backend self-check score draft context profile tokenizers probe"
     assert subjects == expected.split()
     assert all(good for _, _, good in found)
     text = {subject: line for subject, line, _ in found}
@@ -30,7 +30,7 @@ def test_a_healthy_pair(disk):
 def test_the_command(disk):
     result = CliRunner().invoke(cli.main, ["doctor", *disk.pair, "--dtype", "float32"])
     assert (result.exit_code, result.stderr) == (0, "")
-    assert len(result.stdout.splitlines()) == 10
+    assert len(result.stdout.splitlines()) == 11
     result = CliRunner().invoke(cli.main, ["doctor", "--target", disk.target, "--draft", disk.other_tokenizer])
     assert result.exit_code == 1
     assert "Traceback" not in result.output
