@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from specx.data import stdlib
-from specx.data.prompts import read_prompts
+from specx.data.framed import Frame
+from specx.data.prompts import read_answered
+from specx.data.sets import Score
 
 KILO = 1024
 _LENGTH = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kK]?)")
@@ -27,11 +29,17 @@ class Document:
         name: A module's relative path, or a file's name and the row in it, counted from 1: `file.jsonl:3`.
         ids: int64 [L].
         label: The length in tokens that the file's name tells, or None; the text itself may be longer or shorter.
+        frame: What stands around the text in a prompt; None: the text is the prompt, or a prompt is taken out of it.
+        answers: Reference answers.
+        score: How outputs are compared with them.
     """
 
     name: str
     ids: Tensor
     label: int | None
+    frame: Frame | None = None
+    answers: tuple[str, ...] = ()
+    score: Score = "rouge_l"
 
 
 def read_documents(source: str, tokenizer: Any, limit: int | None = None) -> list[Document]:
@@ -39,17 +47,19 @@ def read_documents(source: str, tokenizer: Any, limit: int | None = None) -> lis
 
     Args:
         source: "stdlib": held-out modules of the standard library, each followed by its tests, sorted by name; a file:
-            JSON lines with a "text" each, or one plain text; a folder: its *.jsonl files, sorted by label, then name,
-            those without a label last.
+            JSON lines with a "text" each (and perhaps an "answer", or "answers"), or one plain text; a folder: its
+            *.jsonl files, sorted by label, then name, those without a label last.
         tokenizer: Called as transformers' are.
         limit: Read at most this many rows of each file; "stdlib" is read whole.
 
     Raises:
-        ValueError: Nothing of that name, nothing to read in it, or a file that `read_prompts` refuses.
+        ValueError: Nothing of that name, nothing to read in it, or a file that `prompts.read_answered` refuses.
     """
     return [
-        Document(name, torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64), label)
-        for name, text, label in _texts(source, limit)
+        Document(
+            name, torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64), label, None, answers
+        )
+        for name, text, answers, label in _texts(source, limit)
     ]
 
 
@@ -80,17 +90,17 @@ def length_name(tokens: int) -> str:
     return str(tokens) if tokens % KILO else f"{tokens // KILO}K"
 
 
-def _texts(source: str, limit: int | None) -> Iterator[tuple[str, str, int | None]]:
-    """Yield (name, text, label) of every document."""
+def _texts(source: str, limit: int | None) -> Iterator[tuple[str, str, tuple[str, ...], int | None]]:
+    """Yield (name, text, reference answers, label) of every document."""
     if source == "stdlib":
         yield from _stdlib_texts()
         return
     for file in _files(source):
-        for row, text in enumerate(read_prompts(str(file), limit), 1):
-            yield f"{file.name}:{row}", text, _label(file)
+        for row, (text, answers) in enumerate(read_answered(str(file), limit), 1):
+            yield f"{file.name}:{row}", text, answers, _label(file)
 
 
-def _stdlib_texts() -> Iterator[tuple[str, str, None]]:
+def _stdlib_texts() -> Iterator[tuple[str, str, tuple[str, ...], None]]:
     groups = stdlib.held_out_groups()
     if not groups:
         raise ValueError(
@@ -98,14 +108,14 @@ def _stdlib_texts() -> Iterator[tuple[str, str, None]]:
             "give a JSONL file or a folder of them"
         )
     for name, paths in groups:
-        yield name, "\n".join(path.read_text(encoding="utf-8") for path in paths), None
+        yield name, "\n".join(path.read_text(encoding="utf-8") for path in paths), (), None
 
 
 def _files(source: str) -> list[Path]:
     allowed = f"data must be stdlib, a JSONL file or a folder of them; got {source!r}"
     try:
         path = Path(source).expanduser()
-        if not source or source == "-" or not path.exists():  # read_prompts takes "-" for standard input
+        if not source or source == "-" or not path.exists():  # read_answered takes "-" for standard input
             raise ValueError(f"{allowed}, which is no file or folder")
         if not path.is_dir():
             return [path]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specx.data import stdlib
+from specx.data.sets import answers_of
 
 DEMO_TOKENS = 8192
 _DEMO_MODULE = "asyncio/base_events.py"
@@ -25,11 +26,16 @@ def read_prompts(source: str, limit: int | None = None) -> list[str]:
     Raises:
         ValueError: Missing or binary file, a line that is no JSON, no "text" key, or nothing to read.
     """
+    return [text for text, _ in read_answered(source, limit)]
+
+
+def read_answered(source: str, limit: int | None = None) -> list[tuple[str, tuple[str, ...]]]:
+    """Read prompts as `read_prompts` does, each with the reference answers of its line ("answer" or "answers")."""
     name = "standard input" if source == "-" else source
     content = _read(source, name)
     check_text(content, name)
     if not (source.endswith(".jsonl") or _is_json_lines(content)):
-        return [content]
+        return [(content, ())]
     # not splitlines(), which also splits at characters that JSON allows inside a string
     lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     return [_text_of(line, f"{name} line {number}") for number, line in lines[:limit]]
@@ -116,11 +122,11 @@ def _is_json_lines(content: str) -> bool:
         return False
 
 
-def _text_of(line: str, place: str) -> str:
+def _text_of(line: str, place: str) -> tuple[str, tuple[str, ...]]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ValueError(f'{place} has no "text" key with a string; each line must be like {{"text": "..."}}')
-    return check_text(row["text"], f'"text" of {place}')
+    return check_text(row["text"], f'"text" of {place}'), answers_of(row.get("answer", row.get("answers")))

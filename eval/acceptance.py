@@ -14,12 +14,12 @@ from torch import Tensor
 from specx.acceptance import walk
 from specx.api import SpeculativeModel
 from specx.decoding import decode
+from specx.eval.hits import WatchedTarget, hit_rates, mean_hit, policy_of, watched_chunk
 from specx.eval.methods import Spec, options_of
 from specx.eval.spans import Span
 from specx.generation import Generation
 from specx.hf_config import logits_processors
 from specx.sampling import TokenChooser
-from specx.target import Target
 from specx.tree import DraftTree
 
 BUCKET = 512  # tokens of a long span that are counted together
@@ -67,7 +67,7 @@ def measure(
             ids = span.prompt(context).to(model.engine.device)
             for layer in dict.fromkeys(layers.values()):
                 taps = model.draft.taps if model.draft else ()
-                target = Target(model.engine, context + span.length + 256, layer, taps, record=bool(taps))
+                target = WatchedTarget(model.engine, context + span.length + 256, layer, taps, record=bool(taps))
                 for text, each in settings.items():
                     if layers[text] == layer:
                         yield _row(model, span, context, text) | _along(model, target, ids, span, each)
@@ -80,12 +80,13 @@ def _row(model: SpeculativeModel, span: Span, context: int, method: str) -> dict
     }  # fmt: skip
 
 
-def _along(model: SpeculativeModel, target: Target, ids: Tensor, span: Span, settings: Any) -> dict[str, Any]:
+def _along(model: SpeculativeModel, target: WatchedTarget, ids: Tensor, span: Span, settings: Any) -> dict[str, Any]:
     text = torch.cat([ids, span.continuation.to(ids.device)])
     settings = settings.override(max_new_tokens=span.length, temperature=0.0)
     processors = logits_processors(model.target, settings.sampling, ids, span.length)
     chooser = AlongText(text, TokenChooser(processors, settings.sampling, model.engine.device))
-    out = Generation(len(ids))
+    target.watch(watched_chunk(settings))
+    out = Generation(len(ids), trace=[])
     levels = settings.tree.depth + 2
     steps = decode(model.engine, model.draft, ids, settings, out, lambda _: False, target=target, chooser=chooser)
     starts: list[int] = []  # tokens generated before each round
@@ -95,9 +96,11 @@ def _along(model: SpeculativeModel, target: Target, ids: Tensor, span: Span, set
             break
     steps.close()
     own = chooser.emitted[1:]  # the first is the prefill's token
+    hits = hit_rates(target.log, out.trace or [], policy_of(model, settings, out.facts["policy"]))
     return {
         "emitted": sum(own), "emitted_text": out.emitted, "steps": len(own), "draft_kv_tokens": out.draft_kv_tokens,
-        "policy": out.facts["policy"], "refill": out.facts["refill"],
+        "policy": out.facts["policy"], "refill": out.facts["refill"], "hit_rate": mean_hit(hits),
+        "accepted_histogram": {str(n - 1): own.count(n) for n in sorted(set(own))},
     } | _by_position(starts, own, span.length)  # fmt: skip
 
 

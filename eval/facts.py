@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -34,6 +35,30 @@ def facts_of(command: str, data: str, target: str | None, model: SpeculativeMode
         "attention": f"{engine.backend}: {engine.backend_reason}",
         "load average before": f"{os.getloadavg()[0]:.2f} on {os.cpu_count()} cores",
     }  # fmt: skip
+
+
+def described(command: str, facts: dict[str, str], model: SpeculativeModel) -> dict[str, Any]:
+    """Return the same for `summary.json`, part by part; `facts` as `facts_of` gives them."""
+    device = model.engine.device
+    return {
+        "command": command,
+        "versions": {
+            "specx": specx.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "commit": _commit(),
+        "hardware": {
+            "device": device.type,
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "cores": os.cpu_count() or 1,
+            "threads": torch.get_num_threads(),
+        },
+        "models": facts["models"],
+        "attention": facts["attention"],
+        "data": facts["data"],
+    }
 
 
 def version_of() -> str:

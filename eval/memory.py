@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from specx.eval.speed import Prompt
+from specx.eval.chosen import Prompt
 
 _STATUS = Path("/proc/self/status")
 

@@ -1,8 +1,8 @@
 """The methods that are compared: Hugging Face's own with the best settings they have, and specx under each policy.
 
 A method is written NAME[:option=value ...], for example `retrieval:recent=256:refill=gather`; the options are those of
-the draft's cache and tree. `ar` is Hugging Face's plain decoding with its dynamic and with its static cache: the faster
-one counts.
+the draft's cache and tree. `all` is every one, with the ablation of ours. `ar` is Hugging Face's plain decoding, with
+its dynamic and with its static cache: the faster one counts.
 """
 
 import os
@@ -28,7 +28,16 @@ HF_METHODS: dict[str, dict[str, Any]] = {
     "hf-lookup": {"prompt_lookup_num_tokens": 8},
 }
 POLICIES = ("full", "window", "retrieval", "auto")
-KNOWN = ("ar", "hf-assisted", "hf-lookup", "plain", *POLICIES)
+# Ordinary tree speculation, and the three parts of ours each alone: (policy, hybrid attention, flash prefill). `full`
+# has both kinds of attention without retrieval, `auto` all three.
+ABLATION = {
+    "tree": ("full", False, False),
+    "tree+flash": ("full", False, True),
+    "tree+hybrid": ("full", True, False),
+    "tree+retrieval": ("auto", False, False),
+}
+KNOWN = ("ar", "hf-assisted", "hf-lookup", "plain", *ABLATION, *POLICIES)
+ALL = "all"
 # What a method may set for itself; sampling and length are the same for all, or outputs could not be compared.
 OPTIONS = tuple(each.name for config in (CacheConfig, TreeConfig) for each in fields(config) if each.name != "policy")
 
@@ -59,17 +68,23 @@ class Spec:
 
     @property
     def drafts(self) -> bool:
-        """Whether it has a draft cache of ours, and so a policy."""
+        """Whether it has a draft cache of ours, and so a policy; tau of the ablation's methods is their policy's."""
         return self.name in POLICIES
+
+    @property
+    def takes_options(self) -> bool:
+        """Whether its tree and cache can be set."""
+        return self.name in POLICIES or self.name in ABLATION
 
 
 def parse_methods(text: str) -> list[Spec]:
-    """Read a comma-separated list of methods.
+    """Read a comma-separated list of methods; "all" is every known one.
 
     Raises:
         ValueError: An unknown name, an option that is none, or a method twice.
     """
-    specs = [_parse(part.strip()) for part in text.split(",") if part.strip()]
+    parts = KNOWN if text.strip() == ALL else text.split(",")
+    specs = [_parse(part.strip()) for part in parts if part.strip()]
     if not specs:
         raise ValueError(f"no method given; known: {', '.join(KNOWN)}")
     for number, spec in enumerate(specs):
@@ -81,8 +96,8 @@ def parse_methods(text: str) -> list[Spec]:
 def _parse(text: str) -> Spec:
     name, *parts = text.split(":")
     if name not in KNOWN:
-        raise ValueError(f"unknown method {name!r}{nearest(name, list(KNOWN))} Known: {', '.join(KNOWN)}")
-    if parts and name not in POLICIES:
+        raise ValueError(f"unknown method {name!r}{nearest(name, list(KNOWN))} Known: {', '.join(KNOWN)}, or all")
+    if parts and name not in (*POLICIES, *ABLATION):
         raise ValueError(f"method {name!r} takes no options; {', '.join(POLICIES)} do")
     options: dict[str, Any] = {}
     for part in parts:
@@ -110,9 +125,16 @@ def _value(text: str) -> Any:
 
 def check_draft(specs: list[Spec], given: bool) -> None:
     """Raise ValueError if a method needs a draft and none is given."""
-    needy = [spec.text for spec in specs if spec.drafts or spec.name == "hf-assisted"]
+    needy = [spec.text for spec in specs if spec.takes_options or spec.name == "hf-assisted"]
     if needy and not given:
         raise ValueError(f"method {needy[0]} needs a draft: give --draft, or only ar, hf-lookup and plain")
+
+
+def fitting(specs: list[Spec], model: SpeculativeModel) -> list[Spec]:
+    """Return those methods that these models can run: without a draft the plain ones, and hf-assisted with an LM."""
+    own = model.draft is not None
+    assists = own and hasattr(model.draft, "model")
+    return [each for each in specs if assists or each.name != "hf-assisted" if own or not each.takes_options]
 
 
 def build(specs: list[Spec], model: SpeculativeModel) -> dict[str, Method]:
@@ -134,7 +156,10 @@ def build(specs: list[Spec], model: SpeculativeModel) -> dict[str, Method]:
 
 def options_of(spec: Spec) -> dict[str, Any]:
     """Return what `generate` takes to run a method of ours."""
-    return {"plain": True} if spec.name == "plain" else {"policy": spec.name, **spec.options}
+    if spec.name == "plain":
+        return {"plain": True}
+    policy = ABLATION[spec.name][0] if spec.name in ABLATION else spec.name
+    return {"policy": policy, **spec.options}
 
 
 def _small(model: SpeculativeModel) -> Any:
@@ -152,6 +177,11 @@ def _specx(model: SpeculativeModel, spec: Spec) -> Method:
     except ValueError as error:
         raise ValueError(f"method {spec.text}: {error}") from error
 
+    if spec.name in ABLATION:
+        _, hybrid, flash = ABLATION[spec.name]
+        engine = model.engine.with_parts(hybrid, flash)
+        model = SpeculativeModel(engine, model.draft, model.tokenizer, model.settings)
+
     def run(ids: Tensor, new: int) -> Run:
         out = model.generate(ids, max_new_tokens=new, **options)
         stats = out.stats
@@ -161,8 +191,8 @@ def _specx(model: SpeculativeModel, spec: Spec) -> Method:
 
 
 FIGURES = (
-    "steps", "ttft_seconds", "decode_tokens_per_second", "ms_draft", "ms_verify", "ms_retrieval", "ms_other",
-    "draft_kv_tokens", "policy", "refill",
+    "steps", "accepted_histogram", "ttft_seconds", "decode_seconds", "decode_tokens_per_second", "ms_draft",
+    "ms_verify", "ms_retrieval", "ms_other", "draft_kv_tokens", "policy", "refill",
 )  # fmt: skip
 
 
@@ -207,7 +237,11 @@ def huggingface(model: SpeculativeModel, options: dict[str, Any], draft: Any = N
         )
         elapsed = watch.last - watch.first
         rate = watch.after / elapsed if watch.after else None
-        figures = {"ttft_seconds": watch.first - watch.began, "decode_tokens_per_second": rate}
+        figures = {
+            "ttft_seconds": watch.first - watch.began,
+            "decode_seconds": elapsed,
+            "decode_tokens_per_second": rate,
+        }
         return Run(tokens[0, len(ids) :].tolist(), figures)
 
     return run

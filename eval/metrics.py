@@ -5,7 +5,7 @@ token that the prefill gives counts in neither.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,26 @@ def pooled_tau(runs: Sequence[Run]) -> float:
     return sum(run[0] for run in runs) / steps
 
 
+def acceptance_rates(histogram: Mapping[int, int]) -> tuple[list[float], list[float]]:
+    """Return how often drafted tokens are accepted by their place in a step, per position and conditional.
+
+    Per position (vLLM's figure): the share of steps that accepted i tokens or more. Conditional: of the steps that
+    accepted i - 1 or more, the share that accepted i.
+
+    Args:
+        histogram: {accepted drafted tokens: steps}.
+
+    Raises:
+        ValueError: If there is no step.
+    """
+    steps = sum(histogram.values())
+    if not steps:
+        raise ValueError("acceptance rates need at least one verification step; got none")
+    reached = [sum(count for n, count in histogram.items() if n >= place) for place in range(max(histogram) + 1)]
+    pairs = zip(reached[1:], reached, strict=False)
+    return [each / steps for each in reached[1:]], [each / before for each, before in pairs]
+
+
 def efficiency(speed_up: float, tau: float) -> float:
     """Return the part of tau that became speed: 1 if a step costs no more than a token of plain decoding.
 
@@ -83,6 +103,29 @@ def bootstrap(a: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> 
     """
     sums = _resampled_sums(_column(a), resamples, seed)
     return _interval(sums[0] / len(a))
+
+
+def bootstrap_median(a: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Return the median with its 95 % percentile interval over resampled values.
+
+    Raises:
+        ValueError: If there is no value, or one is not finite.
+    """
+    values = _column(a)[0]
+    drawn = values[_draws(len(values), resamples, seed)]
+    return _interval(np.concatenate([np.median(values)[None], np.median(drawn, axis=1)]))
+
+
+def bootstrap_tau(runs: Sequence[Run], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Return pooled tau with its 95 % percentile interval over resampled runs.
+
+    Raises:
+        ValueError: If there is no run, or one has no step.
+    """
+    if not runs or any(steps < 1 for _, steps in runs):
+        raise ValueError(f"tau needs runs of at least one step each; got {list(runs)}")
+    emitted, steps = _resampled_sums(np.array([*zip(*runs, strict=True)], dtype=np.float64), resamples, seed)
+    return _interval(emitted / steps)
 
 
 def paired_bootstrap(
@@ -176,11 +219,15 @@ def _resampled_sums(columns: Floats, resamples: int, seed: int) -> Floats:
     Returns:
         [K, 1 + resamples].
     """
+    drawn = _draws(columns.shape[1], resamples, seed)
+    return np.concatenate([columns.sum(1)[:, None], columns[:, drawn].sum(2)], axis=1)
+
+
+def _draws(count: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    """Return [resamples, count] indices below `count`."""
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1; got {resamples}")
-    count = columns.shape[1]
-    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    return np.concatenate([columns.sum(1)[:, None], columns[:, drawn].sum(2)], axis=1)
+    return np.random.default_rng(seed).integers(count, size=(resamples, count))
 
 
 def _interval(estimates: Floats) -> Interval:

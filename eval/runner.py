@@ -1,25 +1,29 @@
-"""`specx eval`: which prompts, which measurements, and a row on disk for everything that was measured."""
+"""`specx eval`: plan the units, have them measured, and keep a row on disk for everything that was."""
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
-
-import torch
+from typing import Any
 
 from specx.api import SpeculativeModel
 from specx.data.documents import Document, length_name
-from specx.eval import acceptance, memory, speed
-from specx.eval.facts import facts_of
+from specx.eval import summary as summaries
+from specx.eval.chosen import Prompt, choose_kinds, choose_prompts
+from specx.eval.facts import described, facts_of
+from specx.eval.ledger import Ledger, in_order, take_up
 from specx.eval.methods import Spec, build, options_of
-from specx.eval.spans import Kind, Span, choose_spans
-from specx.eval.speed import Prompt
+from specx.eval.pool import Pool
+from specx.eval.progress import Remaining
+from specx.eval.ray_pool import RayPool
+from specx.eval.spans import Span
 from specx.eval.tables import markdown
+from specx.eval.units import Counts, Unit, plan
+from specx.eval.workbench import Task, Workbench
 
 Row = dict[str, Any]
-MEASURES = ("tau", "speed", "memory")
+Say = Callable[[str], None]
+MEASURES = ("tau", "speed", "memory", "trace")
 BUSY = 0.5  # load average a core above which timings are not to be trusted
 
 
@@ -30,11 +34,17 @@ class Job:
     Attributes:
         data: As given.
         contexts: Prompt lengths in tokens, ascending.
-        samples: Prompts a length for speed and memory.
+        samples: Prompts a length for speed; memory and traces take the first.
         spans: Spans of each kind for tau.
         span_tokens: Tokens of each span.
-        new: Tokens to generate, for speed and memory.
+        new: Tokens to generate, for speed, memory and traces.
         loading: Arguments of `specx.load`, for processes of their own.
+        runs: How often each prompt is timed.
+        resume: Go on where a run with the same configuration ended.
+        workers: Processes that measure at the same time.
+        ray: Address of a Ray cluster whose actors measure instead.
+        about: What was read, in words.
+        continues: Whether documents have a text of their own to walk along, as tau does.
     """
 
     data: str
@@ -48,51 +58,131 @@ class Job:
     loading: dict[str, Any]
     out: Path
     command: str
+    runs: int = 1
+    resume: bool = False
+    workers: int | None = None
+    ray: str | None = None
+    about: str = ""
+    continues: bool = True
 
 
 def run(
-    job: Job, model: SpeculativeModel, documents: list[Document], say: Callable[[str], None], rows: list[Row]
+    job: Job,
+    model: SpeculativeModel,
+    documents: list[Document],
+    say: Say,
+    rows: list[Row],
+    tick: Callable[[Remaining], None] = lambda _: None,
 ) -> None:
-    """Measure everything, appending each row to `out/rows.jsonl`; `out/summary.md` is written whatever happens.
+    """Measure everything, appending each row to `out/rows.jsonl`; the summaries are written whatever happens.
 
     Args:
         say: Told what goes on.
         rows: Gets every row, so that who is interrupted has those measured by then.
+        tick: Told after each unit what is left.
 
     Raises:
-        ValueError: At once, if the data is too short, a method does not fit, or `out` already holds results.
+        ValueError: At once, if the data is too short, a method does not fit, `out` already holds results and `resume`
+            does not say to go on, or it does and the configuration changed.
     """
-    file = job.out / "rows.jsonl"
-    check_unused(job.out)
-    methods = build(job.specs, model)
-    spans = chosen_spans(job, model, documents, say)
-    prompts = chosen_prompts(job, documents)
-    check_fits(job, model, spans, prompts)
-    job.out.mkdir(parents=True, exist_ok=True)
+    if not job.resume:
+        check_unused(job.out)
+    units, notes = planned(job, model, documents, say)
     facts: Row = facts_of(job.command, data_of(job), job.loading.get("target"), model)
-    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
-    if busy > BUSY and "speed" in job.measures:
-        say(f"warning: load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores: timings will be off")
+    summary = described(job.command, facts, model) | {"configuration": configuration(job, units, facts), "notes": notes}
+    rows += taken_up(job, units, summary)
+    job.out.mkdir(parents=True, exist_ok=True)
+    warn_if_busy(job, say)
+    done = {row["unit"] for row in rows}
+    left = [unit for unit in units if unit.number not in done]
+    if done:
+        say(f"going on after {len(done)} of {len(units)} parts")
+    ended, began = None, os.getloadavg()[0]
+    summary |= {"workers": job.workers or 1, "load": {"before": began, "after": None, "cores": os.cpu_count() or 1}}
+    save(job.out, summary, "running", len(done), len(units), [])
     try:
-        with file.open("w", encoding="utf-8") as log:
-            for row in measured(job, model, methods, spans, prompts):
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                rows.append(row)
-                say(progress(row))
+        with Ledger(job.out / "rows.jsonl") as ledger:
+            for unit, found in measured(job, model, left, say, tick):
+                for row in found:
+                    ledger.append(row)
+                    rows.append(row)
+                    say(progress(row))
+                done.add(unit.number)
     except BaseException as error:
+        ended = error
         facts = {"INCOMPLETE": f"ended by {type(error).__name__} {error}".strip()} | facts
         raise
     finally:
+        rows[:] = in_order(rows)
         facts["load average after"] = f"{os.getloadavg()[0]:.2f}"
+        summary["load"]["after"] = os.getloadavg()[0]
+        save(job.out, summary, _status(ended), len(done), len(units), rows, ended)
         (job.out / "summary.md").write_text(markdown(facts, rows), encoding="utf-8")
+
+
+def planned(job: Job, model: SpeculativeModel, documents: list[Document], say: Say) -> tuple[list[Unit], list[str]]:
+    """Return the units, and what was said about the data while they were chosen.
+
+    Raises:
+        ValueError: If the data is too short, or a method does not fit.
+    """
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
+    counts = Counts(
+        timed=list(build(job.specs, model)),
+        written=[spec.text for spec in job.specs],
+        drafting=[spec.text for spec in job.specs if spec.drafts],
+    )
+    spans = chosen_spans(job, model, documents, note)
+    prompts = chosen_prompts(job, documents, note)
+    check_fits(job, model, spans, prompts)
+    return plan(job.measures, counts, job.contexts, prompts, spans, job.runs), notes
 
 
 def check_unused(out: Path) -> None:
     """Raise ValueError if there are results in `out`."""
     file = out / "rows.jsonl"
     if file.exists() and file.stat().st_size:
-        raise ValueError(f"{file} already holds results: give another --out, or remove it")
+        raise ValueError(f"{file} already holds results: give another --out, or remove it, or --resume")
+
+
+def configuration(job: Job, units: Sequence[Unit], facts: Row) -> Row:
+    """Return what must be equal for a run to go on with the rows of another."""
+    loading = {name: value for name, value in sorted(job.loading.items()) if value is not None}
+    return {
+        "--data": job.data, "data hash": summaries.fingerprint(units),
+        "--lengths": ",".join(map(length_name, job.contexts)), "--samples": job.samples, "--runs": job.runs,
+        "--methods": ",".join(spec.text for spec in job.specs), "--measure": ",".join(sorted(job.measures)),
+        "--spans": job.spans, "--span-tokens": job.span_tokens, "--max-new-tokens": job.new,
+        "models": facts["models"], "loading": {name: _plain(value) for name, value in loading.items()},
+    }  # fmt: skip
+
+
+def taken_up(job: Job, units: Sequence[Unit], summary: Row) -> list[Row]:
+    """Return the rows of finished units where a run goes on.
+
+    Raises:
+        ValueError: If what is there is of another configuration.
+    """
+    before, file = summaries.read_summary(job.out) if job.resume else None, job.out / "rows.jsonl"
+    if before is None:
+        if job.resume and file.exists() and file.stat().st_size:
+            raise ValueError(f"--resume: {job.out} has rows but no summary.json to compare with; give another --out")
+        return []
+    changed = summaries.changes(before["configuration"], summary["configuration"])
+    if changed:
+        raise ValueError(
+            f"--resume: {job.out} holds results of another configuration: {'; '.join(changed)}; give the same "
+            "options as before, or another --out"
+        )
+    for name in ("versions", "commit", "hardware"):
+        if before[name] != summary[name]:
+            summary["notes"].append(f"note: rows before were measured with {name} {before[name]}")
+    return take_up(file, units)
 
 
 def check_fits(job: Job, model: SpeculativeModel, spans: list[Span], prompts: list[Prompt]) -> None:
@@ -124,80 +214,91 @@ def check_fits(job: Job, model: SpeculativeModel, spans: list[Span], prompts: li
 
 
 def measured(
-    job: Job, model: SpeculativeModel, methods: dict[str, Any], spans: list[Span], prompts: list[Prompt]
-) -> Iterator[Row]:
-    """Yield the rows of all measurements that were asked for."""
-    if "speed" in job.measures:
-        yield from speed.measure(model, prompts, methods, job.new)
-    if "memory" in job.measures:
-        one_each = [next(p for p in prompts if p.context == context) for context in job.contexts]
-        yield from memory.measure(job.loading, one_each, [spec.text for spec in job.specs], job.new)
-    if "tau" in job.measures:
-        yield from acceptance.measure(model, spans, job.contexts, job.specs)
+    job: Job, model: SpeculativeModel, units: Sequence[Unit], say: Say, tick: Callable[[Remaining], None]
+) -> Iterator[tuple[Unit, Iterator[Row] | list[Row]]]:
+    """Yield every unit with its rows: one by one as they come here, together from workers."""
+    task = Task(job.loading, tuple(spec.text for spec in job.specs), job.new)
+    if not units:
+        return
+    if job.ray is None and (job.workers or 1) == 1:
+        left, bench = Remaining(units), Workbench(task, model)
+        for unit in units:
+            yield unit, bench.rows(unit)
+            left.done(unit)
+            tick(left)
+        return
+    pool = _pool(job, task)
+    say(f"note: {pool.count} workers measure at the same time: their timings are not those of a quiet machine")
+    left = Remaining(units)
+    for unit, found in pool.run(units):
+        yield unit, found
+        left.done(unit)
+        tick(left)
+    if pool.lost:
+        say(f"note: {pool.lost} workers were lost; what they had in hand was measured again")
 
 
-def chosen_spans(
-    job: Job, model: SpeculativeModel, documents: list[Document], say: Callable[[str], None]
-) -> list[Span]:
-    """Return the spans of both kinds; a kind that the data does not have is left out."""
+def _pool(job: Job, task: Task) -> Pool | RayPool:
+    if job.ray is not None:
+        return RayPool(task, job.ray, job.workers)
+    return Pool(task, job.workers or 1)
+
+
+def warn_if_busy(job: Job, say: Say) -> None:
+    """Say so if the machine has other work, which timings suffer from."""
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    if busy > BUSY and "speed" in job.measures:
+        say(f"warning: load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores: timings will be off")
+
+
+def save(
+    out: Path, summary: Row, status: str, done: int, of: int, rows: list[Row], error: BaseException | None = None
+) -> None:
+    """Write the JSON summary."""
+    ended = None if error is None else f"{type(error).__name__} {error}".strip()
+    state = {"version": summaries.VERSION, "status": status, "ended_by": ended}
+    figures = {"units": {"done": done, "of": of}, "results": summaries.results(rows)}
+    summaries.write_summary(out, state | summary | figures)
+
+
+def _status(error: BaseException | None) -> str:
+    if error is None:
+        return "complete"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def chosen_spans(job: Job, model: SpeculativeModel, documents: list[Document], say: Say) -> list[Span]:
+    """Return the spans of both kinds; none where tau cannot be measured."""
     if "tau" not in job.measures:
         return []
+    missing = None
     if not any(spec.drafts for spec in job.specs):
         missing = "tau needs a method with a draft of ours: full, window, retrieval or auto"
+    elif not job.continues:
+        missing = f"tau walks along a text, and {job.data} has none to continue"
+    if missing:
         if job.measures == ("tau",):
             raise ValueError(missing)
         say(f"note: {missing}; it is left out")
         return []
     assert model.draft is not None  # `build` has checked that
     window = model.settings.cache.draft_context or model.draft.draft_context
-    spans: list[Span] = []
-    for kind in get_args(Kind):
-        try:
-            found = choose_spans(documents, job.spans, job.contexts[-1], job.span_tokens, window, kind)
-        except ValueError as error:
-            raise ValueError(f"for tau, {error}, or leave tau out of --measure") from error
-        if len(found) < job.spans:
-            say(f"note: the data has {len(found)} of the {job.spans} {kind} spans that were asked for")
-        spans += found
-    return spans
+    return choose_kinds(documents, job.spans, job.contexts[-1], job.span_tokens, window, say)
 
 
-def chosen_prompts(job: Job, documents: list[Document]) -> list[Prompt]:
-    """Return the prompts for speed and memory, by length: as they are where files are labelled, else nested.
-
-    A labelled file (govreport_2K.jsonl) gives its rows for its own length; rows with more tokens are cut inside, so
-    that the instruction at their beginning and their end stay.
-    """
-    if not {"speed", "memory"} & set(job.measures):
+def chosen_prompts(job: Job, documents: list[Document], say: Say) -> list[Prompt]:
+    """Return the prompts for speed, memory and traces."""
+    if not {"speed", "memory", "trace"} & set(job.measures):
         return []
-    labelled = any(document.label is not None for document in documents)
-    nested = [] if labelled else choose_spans(documents, job.samples, job.contexts[-1], job.new, 1, "ordinary")
-    prompts = []
-    for context in job.contexts:
-        if labelled:
-            own = [each for each in documents if each.label == context][: job.samples]
-            if not own:
-                labels = ",".join(length_name(n) for n in sorted({each.label for each in documents if each.label}))
-                raise ValueError(
-                    f"{job.data} has no file for length {length_name(context)}; its files have --lengths {labels}"
-                )
-            prompts += [Prompt(each.name, context, cut_inside(each.ids, context)) for each in own]
-        else:
-            prompts += [Prompt(f"{span.document}@{span.position}", context, span.prompt(context)) for span in nested]
-    return prompts
-
-
-def cut_inside(ids: torch.Tensor, length: int, end: int = 16) -> torch.Tensor:
-    """Return at most `length` tokens of ids [L]: the beginning, and the last `end` ones (half of them at most)."""
-    end = min(end, length // 2)
-    return ids if len(ids) <= length else torch.cat([ids[: length - end], ids[len(ids) - end :]])
+    return choose_prompts(job.data, documents, job.contexts, job.samples, job.new, say)
 
 
 def data_of(job: Job) -> str:
     """Say what was read, and how much of it."""
-    parts = [job.data]
+    parts = [job.data if job.about in ("", job.data) else f"{job.data} ({job.about})"]
     if {"speed", "memory"} & set(job.measures):
-        parts.append(f"{job.samples} prompts a length for speed, one for memory, {job.new} new tokens")
+        times = f", {job.runs} times each" if job.runs > 1 else ""
+        parts.append(f"{job.samples} prompts a length for speed{times}, one for memory, {job.new} new tokens")
     if "tau" in job.measures:
         parts.append(f"at most {job.spans} spans of {job.span_tokens} tokens of each kind for tau")
     return "; ".join(parts)
@@ -212,5 +313,14 @@ def progress(row: Row) -> str:
         )
     if row["measure"] == "memory":
         return f"{place} {(row['peak_bytes'] - row['before_bytes']) / 2**20:.0f} MiB above the loaded process"
+    if row["measure"] == "trace":
+        rate = row["hit_rate"]
+        return (
+            f"{place} {row['prompt']} {f'{rate:.0%} of the attention retrieved' if rate is not None else ''}".rstrip()
+        )
     rate = row["decode_tokens_per_second"]
     return f"{place} {row['prompt']} {f'{rate:.1f} tokens/s' if rate else '-'}"
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool) else str(value)

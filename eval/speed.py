@@ -2,63 +2,76 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specx.api import SpeculativeModel
+from specx.eval.chosen import Prompt
 from specx.eval.methods import Method, Run, huggingface
 from specx.eval.metrics import distinct_ngrams, first_divergence
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt of the speed and memory measurements; `context` is the length it stands for, `ids` int64 [L]."""
-
-    name: str
-    context: int
-    ids: Tensor
+from specx.eval.quality import judged
 
 
 def measure(
     model: SpeculativeModel, prompts: list[Prompt], methods: dict[str, Method], new: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for every prompt and method; plain greedy decoding by Hugging Face is the truth for exactness.
-
-    Every method runs once on a short prompt before, on CUDA once at each length, for which it compiles. The order of
-    the methods turns with every prompt, so that none profits from its place. Where a method fails or is interrupted,
-    the rows of that prompt's earlier ones come first.
-    """
-    greedy, device = model.settings.sampling.temperature == 0, model.engine.device
-    for method in methods.values():
-        method(prompts[0].ids[-64:].to(device), 8)
+    """Yield a row for every prompt and method: `warm`, then `one` for each prompt."""
+    warm(prompts[0], methods, model)
     lengths = set[int]()
     for number, prompt in enumerate(prompts):
-        names = list(methods)
-        turned = names[number % len(names) :] + names[: number % len(names)]
-        runs, loads = dict[str, Run](), dict[str, float]()
-        truth, failure = None, None
-        try:
-            if device.type == "cuda" and len(prompt.ids) not in lengths:
-                lengths.add(len(prompt.ids))
-                for method in methods.values():
-                    method(prompt.ids.to(device), new)
-            for name in turned:
-                runs[name], loads[name] = methods[name](prompt.ids.to(device), new), os.getloadavg()[0]
-            truth = truth_of(model, prompt.ids, new, runs) if greedy else None
-        except (Exception, KeyboardInterrupt) as error:
-            failure = error
-        for name in [name for name in names if name in loads]:
-            row = {
-                "measure": "speed", "prompt": prompt.name, "context": prompt.context, "tokens": len(prompt.ids),
-                "method": name, "load": round(loads[name], 2), "new": len(runs[name].tokens), **runs[name].figures,
-                "distinct_4grams": round(distinct_ngrams(runs[name].tokens), 4),
-            }  # fmt: skip
-            yield row | (compared(model, prompt.ids, runs[name].tokens, truth) if truth is not None else {})
-        if failure is not None:
-            raise failure
+        yield from one(model, prompt, methods, new, number, lengths)
+
+
+def warm(prompt: Prompt, methods: dict[str, Method], model: SpeculativeModel) -> None:
+    """Run every method once on a short prompt."""
+    for method in methods.values():
+        method(prompt.ids[-64:].to(model.engine.device), 8)
+
+
+def one(
+    model: SpeculativeModel, prompt: Prompt, methods: dict[str, Method], new: int, turn: int, lengths: set[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for every method on one prompt; plain greedy decoding by Hugging Face is the truth for exactness.
+
+    Where a method fails or is interrupted, the rows of the prompt's earlier ones come first.
+
+    Args:
+        turn: The order of the methods turns with it, so that none profits from its place.
+        lengths: Prompt lengths that were run before; on CUDA every method runs once on a new one, to compile for it.
+    """
+    greedy, device = model.settings.sampling.temperature == 0, model.engine.device
+    names = list(methods)
+    turned = names[turn % len(names) :] + names[: turn % len(names)]
+    runs, loads = dict[str, Run](), dict[str, float]()
+    truth, failure = None, None
+    try:
+        if device.type == "cuda" and len(prompt.ids) not in lengths:
+            lengths.add(len(prompt.ids))
+            for method in methods.values():
+                method(prompt.ids.to(device), new)
+        for name in turned:
+            runs[name], loads[name] = methods[name](prompt.ids.to(device), new), os.getloadavg()[0]
+        truth = truth_of(model, prompt.ids, new, runs) if greedy else None
+    except (Exception, KeyboardInterrupt) as error:
+        failure = error
+    for name in [name for name in names if name in loads]:
+        row = {
+            "measure": "speed", "prompt": prompt.name, "context": prompt.context, "tokens": len(prompt.ids),
+            "method": name, "load": round(loads[name], 2), "new": len(runs[name].tokens), **runs[name].figures,
+            "distinct_4grams": round(distinct_ngrams(runs[name].tokens), 4), **_judged(model, prompt, runs[name]),
+        }  # fmt: skip
+        yield row | (compared(model, prompt.ids, runs[name].tokens, truth) if truth is not None else {})
+    if failure is not None:
+        raise failure
+
+
+def _judged(model: SpeculativeModel, prompt: Prompt, run: Run) -> dict[str, float]:
+    if not prompt.answers or model.tokenizer is None:
+        return {}
+    text = model.tokenizer.decode(run.tokens, skip_special_tokens=True)
+    return judged(text, prompt.answers, prompt.score)
 
 
 def truth_of(model: SpeculativeModel, ids: Tensor, new: int, runs: dict[str, Run]) -> list[int]:

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from specx.data.documents import length_name
 from specx.eval.acceptance import BUCKET
-from specx.eval.metrics import efficiency, paired_bootstrap_tau, pooled_tau
+from specx.eval.metrics import acceptance_rates, efficiency, paired_bootstrap_tau, pooled_tau
+from specx.eval.summary import accepted, place_of, plain_rates
 
 Row = dict[str, Any]
 PARTS = ("ms_draft", "ms_verify", "ms_retrieval", "ms_other")
@@ -49,6 +50,9 @@ def tables(rows: list[Row]) -> list[Table]:
         made += tau_tables([row for row in by["tau"] if row["kind"] == kind], kind)
     if by["speed"]:
         made.append(speed_table(by["speed"]))
+        made += answers_table(by["speed"])
+    for name, title in (("speed", "generations"), ("tau", "nested prompts")):
+        made += places_table(by[name], title)
     if by["memory"]:
         made.append(memory_table(by["memory"]))
     return made
@@ -145,11 +149,7 @@ def _difference(base: dict[Any, tuple[int, int]], mine: dict[Any, tuple[int, int
 def speed_table(rows: list[Row]) -> Table:
     """Medians over prompts; ratios are taken prompt by prompt to the faster of the two caches of plain decoding."""
     contexts, methods = _axes(rows)
-    base: dict[tuple[int, str], float] = {}
-    for row in rows:
-        if row["method"] in ("ar", "ar-static") and row["decode_tokens_per_second"]:
-            key = row["context"], row["prompt"]
-            base[key] = max(base.get(key, 0.0), row["decode_tokens_per_second"])
+    base = plain_rates(rows)
     header = [
         "context", "method", "prompts", "tokens/s", "ratio", "tau", "efficiency", "first token s", "ms a step",
         "draft cache", "distinct", "same (margin)",
@@ -159,20 +159,73 @@ def speed_table(rows: list[Row]) -> Table:
         for method in methods:
             own = [r for r in rows if (r["context"], r["method"]) == (context, method)]
             if own:
-                lines.append([length_name(context), method, str(len(own)), *_speed_cells(own, base)])
+                count = str(len({row["prompt"] for row in own}))
+                lines.append([length_name(context), method, count, *_speed_cells(own, base)])
     note = (
         "Decode tokens/s without prefill, medians. ratio: to Hugging Face's plain decoding with the faster of its two "
         "caches, prompt by prompt. efficiency = ratio / tau. ms a step: draft, verify, retrieval, other. draft cache: "
         "its tokens in the end. distinct: share of 4-grams that are, low where the text loops. same: outputs equal to "
         "plain greedy decoding; margin: the target's largest top-1/top-2 logit distance where the others part."
         + _became(rows)
+        + _shared(rows)
     )
     return Table("Speed", note, header, lines)
 
 
-def _speed_cells(own: list[Row], base: dict[tuple[int, str], float]) -> list[str]:
+def _shared(rows: list[Row]) -> str:
+    """Mark timings that were taken while others measured."""
+    most = max((row.get("shared", 1) for row in rows), default=1)
+    return f" {most} workers measured at the same time: these are not timings of a quiet machine." if most > 1 else ""
+
+
+def answers_table(rows: list[Row]) -> list[Table]:
+    """Outputs against reference answers: equal for exact methods, unless near-ties flipped."""
+    made = []
+    for key, title, digits in (("rouge_l", "ROUGE-L", 3), ("found", "Answers found", 2)):
+        judged = [row for row in rows if key in row]
+        if judged:
+            contexts, methods = _axes(judged)
+            cells = {
+                (m, c): [row[key] for row in judged if (row["method"], row["context"]) == (m, c)]
+                for m in methods
+                for c in contexts
+            }
+            lines = [[m, *(_number(statistics.mean(cells[m, c]), digits) if cells[m, c] else "-" for c in contexts)]
+                     for m in methods]  # fmt: skip
+            note = "Means. Exact methods give the target's output, so equal figures are a check, not a merit."
+            made.append(Table(title, note, ["method", *(length_name(c) for c in contexts)], lines))
+    return made
+
+
+def places_table(rows: list[Row], title: str) -> list[Table]:
+    """How often drafted tokens are accepted, by their place in a step."""
+    lines, most = [], 0
+    contexts, methods = _axes(rows)
+    for context in contexts:
+        for method in methods:
+            own = [row for row in rows if (row["context"], row["method"]) == (context, method)]
+            histogram = accepted(own)
+            if any(histogram):
+                position, conditional = acceptance_rates(histogram)
+                pairs = zip(position, conditional, strict=True)
+                rates = [row["hit_rate"] for row in own if row.get("hit_rate") is not None]
+                hit = f"{statistics.mean(rates):.0%}" if rates else "-"
+                lines.append([length_name(context), method, hit, *(f"{p:.2f} ({c:.2f})" for p, c in pairs)])
+                most = max(most, len(position))
+    if not lines:
+        return []
+    header = ["context", "method", "retrieved", *(str(place) for place in range(1, most + 1))]
+    note = (
+        "Share of steps that accepted so many drafted tokens or more (of those that accepted one less, the share that "
+        "did). retrieved: of the target's attention on chunks that no rule keeps, the share on those that were chosen."
+    )
+    padded = [line + ["-"] * (len(header) - len(line)) for line in lines]
+    return [Table(f"Acceptance by place, {title}", note, header, padded)]
+
+
+def _speed_cells(own: list[Row], base: dict[tuple[Any, ...], float]) -> list[str]:
     rates = [row["decode_tokens_per_second"] for row in own if row["decode_tokens_per_second"]]
-    keys = [(row["context"], row["prompt"]) for row in own if row["decode_tokens_per_second"]]
+    keys = [place_of(row) for row in own if row["decode_tokens_per_second"]]
     ratios = [rate / base[key] for rate, key in zip(rates, keys, strict=True) if key in base]
     ratio = statistics.median(ratios) if ratios else None
     ours = [row for row in own if row.get("steps")]

@@ -14,6 +14,7 @@ from specx.adapters.names import DRAFTS, TARGETS, locate
 from specx.cli_bench import bench
 from specx.cli_eval import evaluate
 from specx.cli_options import DEBUG, GENERATION, model_options, options_of
+from specx.cli_report import report as report_command
 from specx.cli_retrofit import retrofit_check
 from specx.cli_tune import tune
 from specx.config import LoadConfig
@@ -192,6 +193,7 @@ def models() -> None:
 
 
 main.add_command(evaluate)
+main.add_command(report_command)
 main.add_command(bench)
 main.add_command(retrofit_check)
 main.add_command(tune)

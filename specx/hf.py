@@ -5,6 +5,7 @@ up by `config._attn_implementation`, and `position_ids`. What the attention laye
 `Call`, set on them while it runs and off again in a `finally`. Only the hf*.py files touch transformers internals.
 """
 
+import copy
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
@@ -99,6 +100,14 @@ class HFModel:
         if model not in _checked:
             self_check(self)
             _checked.add(model)
+
+    def with_parts(self, hybrid: bool, flash_prefill: bool) -> "HFModel":
+        """Return this model with parts of ours on or off (for ablation); the weights are shared, packed ones too."""
+        other = copy.copy(self)
+        other.hybrid, other.flash_prefill = hybrid, flash_prefill
+        other.no_graphs = self.no_graphs or static_trouble(other, asked=False)
+        other._steps, other._spare = weakref.WeakKeyDictionary(), None
+        return other
 
     @property
     def vocab_size(self) -> int:

@@ -80,11 +80,25 @@ class TestOutput:
         assert all(row["draft_kv_tokens"] <= 96 for row in taus if row["method"] != "full")
         assert all(f"## {title}\n" in summary for title in titles)
         assert "context 96 (asked for)" in summary
-        assert result.stderr.splitlines()[-1] == f"written: {out / 'rows.jsonl'}, {out / 'summary.md'}"
+        assert result.stderr.splitlines()[-1].startswith(f"written: {out / 'rows.jsonl'}, {out / 'summary.md'}, ")
         assert "already holds results: give another one, or remove" in fails(
             2, *disk.pair, "--data", data, *SMALL, "--out", out
         )
         assert rows_in(out) == rows
+
+    def test_outputs_are_compared_with_reference_answers(self, disk, data, tmp_path):
+        (tmp_path / "asked_64.jsonl").write_text(json.dumps({"text": SOURCE, "answer": "return steps"}) + "\n")
+        options = ["--measure", "speed,tau", "--methods", "ar,full", "--max-new-tokens", 8, "--samples", 1]
+        for source, lengths, key in ((tmp_path / "asked_64.jsonl", 64, "rouge_l"), ("needle", 500, "found")):
+            out = tmp_path / key
+            result = invoke(*disk.pair, "--data", source, "--lengths", lengths, *options, "--spans", 1, "--out", out)
+            assert result.exit_code == 0, result.stderr
+            speeds = [row for row in rows_in(out) if row["measure"] == "speed"]
+            assert len({row[key] for row in speeds}) == 1
+            assert len(speeds) == 3
+            assert ("ROUGE-L" if key == "rouge_l" else "Answers found") in result.stdout
+        assert "note: tau walks along a text, and needle has none to continue; it is left out" in result.stderr
+        assert {row["measure"] for row in rows_in(out)} == {"speed"}
 
     def test_without_a_draft(self, disk, data, tmp_path):
         options = ["--measure", "speed", "--methods", "ar,plain", "--out", tmp_path]
@@ -98,14 +112,14 @@ class TestOutput:
 
         def measure(loading, prompts, methods, new):
             seen.append((loading, methods, new))
-            return iter([])
+            yield {"measure": "memory", "context": 64, "method": methods[0], "peak_bytes": 2**21, "before_bytes": 2**20}
 
         monkeypatch.setattr(memory, "measure", measure)
         options = ["--measure", "memory,speed", "--temperature", 0.5, "--nodes", 5, "--refill", "gather", "--methods"]
         result = invoke(*disk.pair, "--data", data, *SMALL, *options, "ar,window", "--out", tmp_path, "--no-specextend")
         assert result.exit_code == 0, result.stderr
-        ((loading, methods, new),) = seen
-        assert (methods, new) == (["ar", "window"], 4)
+        assert [(methods, new) for _, methods, new in seen] == [(["ar"], 4), (["window"], 4)] * 2
+        loading = seen[0][0]
         assert json.loads(json.dumps(loading)) == loading  # it goes to other processes
         assert (loading["temperature"], loading["nodes"], loading["refill"]) == (0.5, 5, "gather")
         assert (loading["target"], loading["draft"], loading["specextend"]) == (disk.target, disk.draft, False)
@@ -118,7 +132,7 @@ class TestMistakesFoundBeforeLoading:
     @pytest.mark.parametrize(
         ("args", "message"),
         [
-            (["--measure", "taus"], "--measure takes tau, speed, memory, joined by commas; got 'taus'; did you mean"),
+            (["--measure", "taus"], "--measure takes tau, speed, memory, trace, joined by commas; got 'taus'; did you"),
             (["--measure", "tau,sped"], "did you mean 'speed'?"),
             (["--measure", " , "], "--measure takes tau, speed, memory"),
             (["--methods", "retrival"], "unknown method 'retrival'; did you mean 'retrieval'?"),
@@ -133,6 +147,7 @@ class TestMistakesFoundBeforeLoading:
             (["--max-new-tokens", 0], "--max-new-tokens"),
             (["--policy", "full"], "No such option '--policy'"),
             (["--stop", "a"], "No such option '--stop'"),
+            (["--data", "govrepot"], "repobench-p, pg19, booksum, aime24; did you mean 'govreport'?"),
             (["--data", "nowhere"], "data must be stdlib, a JSONL file or a folder of them; got 'nowhere'"),
             (["--data", "."], "without .jsonl files"),
             (["--out", "/proc/x"], "--out /proc/x cannot be written: No such file"),
@@ -210,13 +225,13 @@ class TestFailures:
         ids=repr,
     )
     def test_what_was_measured_is_printed_and_kept(self, disk, data, tmp_path, monkeypatch, error, code, said):
-        real = speed.measure
+        real = speed.one
 
-        def measure(*args):
+        def one(*args):
             yield from list(real(*args))[:3]
             raise error
 
-        monkeypatch.setattr(speed, "measure", measure)
+        monkeypatch.setattr(speed, "one", one)
         options = ["--methods", "ar,full", "--out", tmp_path / "out"]
         result = invoke(*disk.pair, "--data", data, *SMALL, *options)
         assert result.exit_code == code

@@ -16,14 +16,15 @@ from rich.console import Console
 from specx.acceptance import walk
 from specx.config import Settings
 from specx.data.documents import Document
-from specx.eval import acceptance, facts, memory, runner, speed
+from specx.eval import acceptance, facts, hits, memory, runner, speed, workbench
 from specx.eval.acceptance import AlongText
-from specx.eval.methods import KNOWN, Run, build, huggingface, options_of, parse_methods
+from specx.eval.chosen import Prompt
+from specx.eval.methods import ABLATION, KNOWN, Run, build, fitting, huggingface, options_of, parse_methods
 from specx.eval.metrics import paired_bootstrap_tau
-from specx.eval.runner import Job, cut_inside
+from specx.eval.runner import Job
 from specx.eval.spans import Span
-from specx.eval.speed import Prompt
 from specx.eval.tables import markdown, memory_table, speed_table, tables, tau_tables
+from specx.hf import HFModel
 from specx.target import Target
 from specx.tree import DraftTree
 
@@ -90,12 +91,12 @@ class TestAcceptance:
     def test_methods_of_one_layer_pay_for_one_prefill(self, tiny_pair, monkeypatch):
         made = []
 
-        class Counted(Target):
+        class Counted(hits.WatchedTarget):
             def __init__(self, *args, **options):
                 made.append(args[2])
                 super().__init__(*args, **options)
 
-        monkeypatch.setattr(acceptance, "Target", Counted)
+        monkeypatch.setattr(acceptance, "WatchedTarget", Counted)
         methods = "full,window,auto:score_layer=2,retrieval:score_layer=1"
         measured(tiny_pair, [span_of(text_of(64), 16)], [20, 40], methods)
         assert made == [2, 1, 2, 1]  # the last of three layers is what is scored anyway
@@ -185,6 +186,7 @@ class TestParsing:
             {"policy": "full", "nodes": 4},
         ]
         assert [spec.name for spec in parse_methods(",".join(KNOWN))] == list(KNOWN)
+        assert parse_methods("all") == parse_methods(",".join(KNOWN))
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -223,9 +225,38 @@ class TestBuilding:
         for name, run in runs.items():
             assert run.figures["ttft_seconds"] > 0
             assert run.figures["decode_tokens_per_second"] > 0
-            assert ("steps" in run.figures) == (name in ("plain", *POLICIES))
+            assert ("steps" in run.figures) == (name in ("plain", *POLICIES, *ABLATION))
         assert runs["plain"].figures["steps"] == runs["plain"].figures["emitted"] == 11
         assert runs["window"].figures["policy"] == "window"
+
+    def test_the_ablation_switches_one_part_each(self, tiny_pair, monkeypatch):
+        seen = []
+        real = HFModel.forward
+
+        def forward(engine, *args, **options):
+            if engine.model is tiny_pair.target:
+                seen.append((engine.hybrid, engine.flash_prefill))
+            return real(engine, *args, **options)
+
+        monkeypatch.setattr(HFModel, "forward", forward)
+        methods = build(parse_methods("tree,tree+flash,tree+hybrid,tree+retrieval:nodes=4,auto"), tiny_pair)
+        for name, parts in {
+            "tree": (False, False), "tree+flash": (False, True), "tree+hybrid": (True, False),
+            "tree+retrieval:nodes=4": (False, False), "auto": (True, True),
+        }.items():  # fmt: skip
+            seen.clear()
+            run = methods[name](text_of(200), 6)
+            assert set(seen) == {parts}
+            assert run.figures["policy"] == ("full" if name in ("tree", "tree+flash", "tree+hybrid") else "auto")
+
+    def test_all_is_what_the_models_can_run(self, tiny, tiny_pair):
+        names = [spec.name for spec in fitting(parse_methods("all"), tiny_pair)]
+        assert names == list(KNOWN)
+        bare = pair(tiny, tiny)
+        bare.draft = None
+        assert [spec.name for spec in fitting(parse_methods("all"), bare)] == ["ar", "hf-lookup", "plain"]
+        bare.draft = SimpleNamespace(name="a head")
+        assert [spec.name for spec in fitting(parse_methods("all"), bare)] == [n for n in KNOWN if n != "hf-assisted"]
 
     def test_one_token_has_no_rate(self, tiny_pair):
         for method in build(parse_methods("ar,plain,full"), tiny_pair).values():
@@ -448,7 +479,7 @@ class TestRunner:
 
             return methods | {"full": run}
 
-        monkeypatch.setattr(runner, "build", failing)
+        monkeypatch.setattr(workbench, "build", failing)
         rows = []
         with pytest.raises(type(error)):
             executed(job, tiny_pair, documents_of(900, 700), rows)
@@ -507,12 +538,12 @@ class TestRunner:
 
         def measure(loading, prompts, methods, new):
             asked.append(([(p.context, len(p.ids)) for p in prompts], methods, new))
-            yield {"measure": "memory", "context": 100, "method": "ar", "peak_bytes": 2**21, "before_bytes": 2**20}
+            yield {"measure": "memory", "context": 9, "method": methods[0], "peak_bytes": 2**21, "before_bytes": 2**20}
 
         monkeypatch.setattr(memory, "measure", measure)
         rows, said = executed(replace(job, measures=("memory",)), tiny_pair, documents_of(900, 700))
-        assert asked == [([(100, 100), (200, 200)], ["ar", "full", "window"], 6)]
-        assert len(written(job)) == len(rows) == 1
+        assert asked == [([(size, size)], [name], 6) for size in (100, 200) for name in ("ar", "full", "window")]
+        assert len(written(job)) == len(rows) == 6
         assert said[-1].endswith(" 1 MiB above the loaded process")
 
 
@@ -536,8 +567,7 @@ class TestMistakes:
         ids=range(7),
     )  # fmt: skip
     def test_are_found_before_anything_is_measured(self, tiny_pair, job, monkeypatch, changes, message):
-        for module in (speed, acceptance, memory):
-            monkeypatch.setattr(module, "measure", lambda *args: pytest.fail("measured"))
+        monkeypatch.setattr(workbench.Workbench, "rows", lambda *args: pytest.fail("measured"))
         with pytest.raises(ValueError, match=message):
             executed(replace(job, **changes), tiny_pair, documents_of(9000, 8195))
         assert not job.out.exists()
@@ -557,7 +587,7 @@ class TestPrompts:
             for row, size in enumerate(sizes, 1)
         ]
         job = replace(job, measures=("speed",))
-        prompts = runner.chosen_prompts(job, documents)
+        prompts = runner.chosen_prompts(job, documents, print)
         assert [(prompt.name, prompt.context, len(prompt.ids)) for prompt in prompts] == [
             ("x_100.jsonl:1", 100, 100),
             ("x_100.jsonl:2", 100, 90),
@@ -569,7 +599,7 @@ class TestPrompts:
 
     def test_unlabelled_documents_give_nested_prompts(self, job):
         documents = documents_of(900, 150, 700)
-        prompts = runner.chosen_prompts(replace(job, measures=("memory",), samples=3), documents)
+        prompts = runner.chosen_prompts(replace(job, measures=("memory",), samples=3), documents, print)
         assert [prompt.context for prompt in prompts] == [100] * 3 + [200] * 3
         whole = {document.name: document.ids for document in documents}
         for short, long in zip(prompts[:3], prompts[3:], strict=True):
@@ -581,16 +611,7 @@ class TestPrompts:
         assert len({prompt.name for prompt in prompts}) == 3
 
     def test_are_not_sought_where_only_tau_is_asked_for(self, job):
-        assert runner.chosen_prompts(replace(job, measures=("tau",)), documents_of(500, label=512)) == []
-
-    @pytest.mark.parametrize("length", [1, 2, 10, 16, 17, 40, 99, 100, 101])
-    def test_cut_inside_keeps_both_ends(self, length):
-        ids = torch.arange(100)
-        cut = cut_inside(ids, length).tolist()
-        assert len(cut) == min(length, 100)
-        end = min(16, length // 2)
-        assert cut[len(cut) - end :] == list(range(100 - end, 100))
-        assert cut[: len(cut) - end] == list(range(len(cut) - end))
+        assert runner.chosen_prompts(replace(job, measures=("tau",)), documents_of(500, label=512), print) == []
 
 
 def test_tau_by_position_counts_every_round_once(tiny_pair, monkeypatch):

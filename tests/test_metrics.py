@@ -5,7 +5,10 @@ import pytest
 
 from specx.eval.metrics import (
     Interval,
+    acceptance_rates,
     bootstrap,
+    bootstrap_median,
+    bootstrap_tau,
     clear_of_zero,
     distinct_ngrams,
     efficiency,
@@ -225,3 +228,31 @@ def test_distinct_ngrams(tokens, n, share):
 def test_distinct_ngrams_of_no_tokens_each():
     with pytest.raises(ValueError, match="n must be at least 1; got 0"):
         distinct_ngrams([1], 0)
+
+
+class TestAcceptanceRates:
+    def test_by_hand(self):
+        position, conditional = acceptance_rates({0: 5, 1: 2, 3: 3})
+        assert position == pytest.approx([0.5, 0.3, 0.3])
+        assert conditional == pytest.approx([5 / 10, 3 / 5, 3 / 3])
+        assert acceptance_rates({0: 4}) == ([], [])
+
+    def test_of_nothing(self):
+        with pytest.raises(ValueError, match="at least one verification step"):
+            acceptance_rates({})
+
+
+class TestBootstraps:
+    def test_a_median_lies_in_its_interval(self):
+        found = bootstrap_median([1.0, 2.0, 3.0, 4.0, 100.0])
+        assert found.mean == 3.0
+        assert 1.0 <= found.low < found.mean < found.high <= 100.0
+        assert bootstrap_median([2.0]) == Interval(2.0, 2.0, 2.0)
+
+    def test_tau_is_pooled(self):
+        found = bootstrap_tau([(10, 10), (30, 10), (4, 2)])
+        assert found.mean == pytest.approx(2.0)
+        assert 1.0 <= found.low < 2.0 < found.high <= 3.0
+        for runs in ([], [(0, 0)]):
+            with pytest.raises(ValueError, match="at least one step"):
+                bootstrap_tau(runs)
