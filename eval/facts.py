@@ -51,7 +51,7 @@ def described(command: str, facts: dict[str, str], model: SpeculativeModel) -> d
         "commit": _commit(),
         "hardware": {
             "device": device.type,
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
             "cores": os.cpu_count() or 1,
             "threads": torch.get_num_threads(),
         },
