@@ -53,7 +53,20 @@ def fitted_block(name: str, block: BlockFormat, target: HFModel) -> LongSpecBloc
     """Return the block for a target, without weights: on the meta device.
 
     Raises:
-        ValueError: Saying in which numbers they differ.
+        ValueError: As `check_fit`.
+    """
+    check_fit(name, block, target)
+    eps = getattr(target.config, "rms_norm_eps", 1e-6) if block.eps is None else block.eps
+    activation = block.activation or getattr(target.config, "hidden_act", None) or "silu"
+    with torch.device("meta"):
+        return LongSpecBlock(replace(block, eps=eps, activation=activation), target.head_dim, target.rotary)
+
+
+def check_fit(name: str, block: BlockFormat, target: HFModel) -> None:
+    """Compare a draft with a target.
+
+    Raises:
+        ValueError: Saying in which numbers they differ, or what the target lacks.
     """
     config = target.config
     heads = config.num_attention_heads
@@ -70,10 +83,7 @@ def fitted_block(name: str, block: BlockFormat, target: HFModel) -> LongSpecBloc
         raise ValueError(f"draft {name} does not fit this target: {'; '.join(wrong)}")
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(f"draft {name} reads the target's last layer, which has no keys of its own in this target")
-    eps = getattr(config, "rms_norm_eps", 1e-6) if block.eps is None else block.eps
-    activation = block.activation or getattr(config, "hidden_act", None) or "silu"
-    with torch.device("meta"):
-        return LongSpecBlock(replace(block, eps=eps, activation=activation), target.head_dim, target.rotary)
+    _ = target.rotary
 
 
 def _oddities(block: BlockFormat, target: HFModel) -> list[str]:
