@@ -61,7 +61,10 @@ def check_machine(config: LoadConfig) -> None:
 def check_files(directory: str, role: str) -> None:
     """Raise RuntimeError if a checkpoint cannot be whole: before anything is loaded, which may take minutes."""
     path, name = Path(directory), f"{role} directory {directory}"
-    if not (path / "config.json").is_file():
+    if path.is_file():  # a draft's weights alone
+        return _check_weights(path, f"{role} {directory}")
+    bare = role == "draft" and any(path.glob("*.pth"))
+    if not bare and not (path / "config.json").is_file():
         raise RuntimeError(f"{name} has no config.json, so it is not a Hugging Face checkpoint")
     weights = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
     for each in [path / "config.json", path / "generation_config.json", *path.glob("*.index.json")]:
@@ -70,7 +73,7 @@ def check_files(directory: str, role: str) -> None:
         absent = sorted(file for file in named if not (path / file).is_file())
         if absent and not (path / "model.safetensors").is_file():
             raise RuntimeError(f"{name} lacks {absent[0]}, which its {each.name} names; complete the download")
-    if not weights:
+    if not weights and not bare:
         raise RuntimeError(f"{name} has no weights (model.safetensors or pytorch_model.bin)")
     for file in weights:
         _check_weights(file, name)

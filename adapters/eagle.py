@@ -148,7 +148,8 @@ class EagleDraft:
             nonlocal states
             width = len(tokens)
             # Level 0 goes on from the root; below it, the mask over the level before says which row is the parent.
-            parent = mask[:, -2 * width : -width].float().argmax(1) if level else torch.zeros_like(tokens)
+            above = mask[:, :-width][:, -len(levels[-1]) :] if level else mask
+            parent = above.float().argmax(1) if level else torch.zeros_like(tokens)
             positions = torch.full((width,), start + level, device=device)
             levels.append(positions)
             call = self.model.call(self.cache, positions, mask, torch.cat(levels))

@@ -16,14 +16,14 @@ _OFFLINE = (
 
 
 def fetch(where: str, role: str) -> str:
-    """Return the local directory of a checkpoint, downloading it from the hub if `where` is no directory.
+    """Return the local directory of a checkpoint, downloading it from the hub if `where` is neither that nor a file.
 
     The hub is asked once. Where it cannot be reached, what its cache holds is used.
 
     Raises:
         RuntimeError: If the hub has no such repository, refuses it, or can neither be reached nor has it cached.
     """
-    if Path(where).is_dir():
+    if Path(where).exists():
         return where
     if Path(where).is_absolute():  # not what users typed, which names.locate has checked: a bundled model
         raise RuntimeError(

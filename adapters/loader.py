@@ -11,6 +11,7 @@ from specx.adapters.eagle import EagleModel
 from specx.adapters.eagle_checkpoints import read_head
 from specx.adapters.eagle_format import HeadFormat
 from specx.adapters.eagle_head import EagleHead
+from specx.adapters.longspec_loader import load_longspec
 from specx.adapters.lookup import LookupModel
 from specx.adapters.names import LOOKUP, known_draft
 from specx.adapters.weights import kind_of
@@ -44,8 +45,14 @@ def load_draft(
     name = draft if isinstance(draft, str) else type(draft).__name__
     if name == LOOKUP:
         return LookupModel()
-    if directory is not None and kind_of(directory) == "eagle":
+    kind = "classic" if directory is None else kind_of(directory)
+    if directory is not None and kind == "eagle":
         return load_eagle(name, directory, target, asked, tokens)
+    if directory is not None and kind == "longspec":
+        known = known_draft(name)
+        source = "asked for" if asked else "the table of known names"
+        trained = asked or (known.draft_context if known else None)
+        return load_longspec(name, directory, target, trained, source, config.window_alignment, tokens)
     if tokens is not None:
         raise ValueError(f"draft {name} has an LM head of its own; draft_vocab is for EAGLE heads that have none")
     model = draft if directory is None else load_model(directory, config, "draft")

@@ -22,7 +22,7 @@ class KnownDraft:
 
     repo: str
     target: str
-    kind: Literal["classic", "eagle", "lookup"]
+    kind: Literal["classic", "eagle", "longspec", "lookup"]
     draft_context: int | None
 
 
@@ -31,7 +31,13 @@ def _eagle(repo: str, target: str, draft_context: int | None = 2048) -> KnownDra
     return KnownDraft(repo, target, "eagle", draft_context)
 
 
+def _longspec(name: str, target: str, draft_context: int) -> KnownDraft:
+    """Positions shifted by up to 30000, or the target's own, whichever is less, is what they were trained on."""
+    return KnownDraft(f"sail/longspec-{name}", target, "longspec", draft_context)
+
+
 LOOKUP = "lookup"
+WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")  # as training programs save a draft without a config
 DRAFTS = {
     "demo": KnownDraft("demo-draft", "demo", "classic", 1024),
     "demo-eagle1": _eagle("demo-eagle1", "demo"),
@@ -58,11 +64,22 @@ DRAFTS = {
     "eagle3-qwen3-8b": _eagle("RedHatAI/Qwen3-8B-speculator.eagle3", "qwen3-8b", None),
     "eagle3-qwen3-32b": _eagle("AngelSlim/Qwen3-32B_eagle3", "qwen3-32b", None),
     "eagle3-gpt-oss-120b": _eagle("RedHatAI/gpt-oss-120b-speculator.eagle3", "gpt-oss-120b", None),
+    "longspec-vicuna-7b": _longspec("vicuna-7b-v1.5-16k", "vicuna-7b", 16384),
+    "longspec-vicuna-13b": _longspec("vicuna-13b-v1.5-16k", "vicuna-13b", 16384),
+    "longspec-longchat-7b": _longspec("longchat-7b-v1.5-32k", "longchat-7b-32k", 32768),
+    "longspec-longchat-13b": _longspec("longchat-13b-16k", "longchat-13b", 16384),
+    "longspec-llama3-8b": _longspec("Llama-3-8B-Instruct-262k", "llama3-8b-262k", 32768),
+    "longspec-qwq-32b": _longspec("QwQ-32B-Preview", "qwq-32b", 32768),
 }
 TARGETS = {
     "demo": "demo-target",
     "vicuna-7b": "lmsys/vicuna-7b-v1.5-16k",
     "longchat-7b": "lmsys/longchat-7b-16k",
+    "vicuna-13b": "lmsys/vicuna-13b-v1.5-16k",
+    "longchat-7b-32k": "lmsys/longchat-7b-v1.5-32k",
+    "longchat-13b": "lmsys/longchat-13b-16k",
+    "llama3-8b-262k": "gradientai/Llama-3-8B-Instruct-262k",
+    "qwq-32b": "Qwen/QwQ-32B-Preview",
     "vicuna-7b-v1.3": "lmsys/vicuna-7b-v1.3",
     "vicuna-13b-v1.3": "lmsys/vicuna-13b-v1.3",
     "vicuna-33b-v1.3": "lmsys/vicuna-33b-v1.3",
@@ -84,7 +101,9 @@ TARGETS = {
 
 
 def locate(name: str, role: Literal["target", "draft"]) -> str:
-    """Return where a checkpoint lies: a local directory or a hub id. A directory goes before a hub id of that name.
+    """Return where a checkpoint lies: a local directory, a draft's file of weights, or a hub id.
+
+    What is there goes before a hub id of that name.
 
     Raises:
         ValueError: If `name` is neither a known name, nor a directory, nor could be a hub id.
@@ -95,6 +114,8 @@ def locate(name: str, role: Literal["target", "draft"]) -> str:
         return table[name] if "/" in table[name] else str(bundled)
     path = Path(name).expanduser()
     if name and path.is_dir():
+        return str(path)
+    if role == "draft" and path.is_file() and path.suffix in WEIGHTS:
         return str(path)
     if name and path.exists():
         raise ValueError(f"{role} {name!r} is a file; give the directory that holds config.json")

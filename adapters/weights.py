@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_FORMATS = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin")
+_FORMATS = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin", "*.pth")
+_PREFIXES = ("module.", "model.", "draft_model.", "glide.")  # what training programs put before a draft's names
 
 
 def read_config(directory: str) -> dict[str, Any]:
@@ -18,16 +19,18 @@ def read_config(directory: str) -> dict[str, Any]:
 
 
 def read_tensors(directory: str, names_only: bool = False) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint on the CPU: safetensors where there are any, else .bin files.
+    """Return all tensors of a checkpoint on the CPU: safetensors where there are any, else .bin, else .pth files.
 
     Args:
+        directory: Of the checkpoint, or one file of weights.
         names_only: Read the headers only: the tensors lie on the meta device.
 
     Raises:
         RuntimeError: If a file cannot be read, or holds something else than plain tensors.
     """
     path, found = Path(directory), dict[str, Tensor]()
-    for file in next((files for each in _FORMATS if (files := sorted(path.glob(each)))), ()):
+    files = [path] if path.is_file() else None
+    for file in files or next((files for each in _FORMATS if (files := sorted(path.glob(each)))), ()):
         try:
             found |= _safetensors(file, names_only) if file.suffix == ".safetensors" else _pickled(file, names_only)
         except Exception as error:  # whatever a broken file raises
@@ -55,8 +58,18 @@ def _pickled(file: Path, names_only: bool) -> dict[str, Tensor]:
     return content
 
 
-def kind_of(directory: str) -> Literal["classic", "eagle"]:
+def plain_name(key: str) -> str:
+    """Return a tensor's name without what training programs put before it."""
+    while (prefix := next((each for each in _PREFIXES if key.startswith(each)), None)) is not None:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def kind_of(directory: str) -> Literal["classic", "eagle", "longspec"]:
     """Say which adapter a draft's checkpoint is for, by the names of its tensors, never by its own."""
-    names = {name.removeprefix("model.") for name in read_tensors(directory, names_only=True)}
+    raw = read_tensors(directory, names_only=True)
+    if {plain_name(name) for name in raw} >= {"cross_attn.q_proj.weight", "post_cross_attention_layernorm.weight"}:
+        return "longspec"
+    names = {name.removeprefix("model.") for name in raw}
     marks = {"fc.weight", "d2t", "layers.0.hidden_norm.weight"}
     return "eagle" if marks & names or any(name.startswith("midlayer.") for name in names) else "classic"

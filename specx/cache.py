@@ -147,8 +147,13 @@ class TreeCache(Cache):
 
     def keys(self, layer_idx: int) -> Tensor:
         """Return a layer's committed keys, a view [B, G, committed, D]."""
+        return self.layer(layer_idx)[0]
+
+    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's committed keys and values, views [B, G, committed, D]."""
         block, slot = self.memory.place[layer_idx]
-        return self.memory.blocks[block][0][slot][:, :, : self.committed]
+        keys, values = self.memory.blocks[block]
+        return keys[slot][:, :, : self.committed], values[slot][:, :, : self.committed]
 
     def reserve(self, capacity: int) -> None:
         """Make room for at least `capacity` rows, moving what is there."""

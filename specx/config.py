@@ -62,6 +62,41 @@ class TreeConfig(Checked):
     tree_threshold: float | None = option(
         None, "Stop growing when a level adds less expected tokens than this (OPT-Tree).", low=0.0
     )
+    tree_shape: tuple[int, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "Nodes of each level, as in LongSpec: 4,16,16,16,16. All of them are verified; nodes, depth and "
+            "beam follow from it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.tree_shape is not None:
+            shape = _levels(self.tree_shape)
+            derived = {"tree_shape": shape, "nodes": 1 + sum(shape), "depth": len(shape) - 1, "beam": max(shape)}
+            for name, value in derived.items():
+                object.__setattr__(self, name, value)
+        Checked.__post_init__(self)
+
+
+def _levels(given: Any) -> tuple[int, ...]:
+    """Read a tree's shape: a list of integers, or a text of them with commas or blanks between."""
+    parts = given.replace(",", " ").split() if isinstance(given, str) else given
+    wrong = f"tree_shape must be positive integers, one a level, such as 4,16,16,16,16; got {given!r}"
+    try:
+        shape = tuple(int(part) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(wrong) from error
+    if not shape or min(shape) < 1 or any(isinstance(part, bool | float) for part in parts):
+        raise ValueError(wrong)
+    for most, found, what in (
+        (64, max(shape), "nodes a level"),
+        (255, sum(shape), "nodes"),
+        (33, len(shape), "levels"),
+    ):
+        if found > most:
+            raise ValueError(f"tree_shape has {found} {what}; at most {most} are possible")
+    return shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +250,11 @@ class LoadConfig(Checked):
         "whose most frequent ones are taken.",
     )
     draft_vocab_size: int = option(32768, "Take so many tokens of --draft-vocab at most.", low=1)
+    window_alignment: Literal["exact", "reference"] = option(
+        "exact",
+        "How far back a tree's nodes see in a LongSpec draft: as it was trained, or as LongSpec's own program cuts it.",
+        choices=("exact", "reference"),
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings."})
 
 

@@ -14,7 +14,7 @@ class FixedController:
     def __init__(self, tree: TreeConfig | None) -> None:
         self._plan = Plan(1, 0, 1)
         if tree is not None:
-            self._plan = Plan(tree.nodes, tree.depth, tree.beam, tree.tree_threshold)
+            self._plan = Plan(tree.nodes, tree.depth, tree.beam, tree.tree_threshold, tree.tree_shape)
 
     def plan(self, remaining: int) -> Plan:
         """Return the plan of the next round, `remaining` being the tokens still wanted."""

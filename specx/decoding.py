@@ -10,7 +10,7 @@ from torch import Tensor
 from specx.acceptance import Walk, walk
 from specx.config import Settings
 from specx.controller import FixedController
-from specx.draft import Draft, DraftModel
+from specx.draft import Draft, DraftModel, ReadsTarget
 from specx.generation import Generation, Piece
 from specx.hf import HFModel, Output
 from specx.hf_config import end_ids, logits_processors
@@ -123,6 +123,8 @@ class _Request:
             rows = tokens if self.policy.name == "full" else min(tokens, self.policy.limit)
             drops = not self.policy.fits(tokens)
             self.draft = draft_model.start(rows, tree.beam * tree.depth, tokens if drops else 0, settings.cache)
+            if isinstance(self.draft, ReadsTarget):
+                self.draft.attach(self.target.last_layer)
             asked, refill = settings.cache.refill, self.draft.refill
             if drops and asked and asked != refill:
                 out.notes.append(f"refill {asked} became {refill}: {_WHY_NOT[asked]}")
@@ -225,7 +227,8 @@ class _Request:
         """Count a verification step."""
         self.out.emitted += len(found.tokens)
         self.out.accepted[found.drafted] += 1
-        self.out.draft_kv_tokens = self.draft.cached if self.draft else 0
+        draft = self.draft
+        self.out.draft_kv_tokens = draft.kv_rows if isinstance(draft, ReadsTarget) else draft.cached if draft else 0
         if self.out.trace is not None:
             self.out.trace.append(
                 {

@@ -15,6 +15,7 @@ from specx.adapters.checkpoints import check_files, compare_tokenizers, load_tok
 from specx.adapters.classic import ClassicModel
 from specx.adapters.eagle_checkpoints import read_head
 from specx.adapters.hub import fetch
+from specx.adapters.longspec_checkpoints import read_block
 from specx.adapters.names import LOOKUP, known_draft, locate
 from specx.adapters.weights import kind_of
 from specx.api import SpeculativeModel, load
@@ -72,14 +73,15 @@ def _draft_alone(draft: str) -> Iterator[Finding]:
     try:
         directory = fetch(locate(draft, "draft"), "draft")
         check_files(directory, "draft")
-        if kind_of(directory) != "eagle":
+        kind = kind_of(directory)
+        if kind == "classic":
             return
-        head, _ = read_head(directory)
+        about = read_head(directory)[0].about() if kind == "eagle" else read_block(directory)[0].about()
     except (ValueError, RuntimeError) as error:
         yield _line("draft", f"FAILED: {error}"), False
         return
     yield _line("draft", draft), True
-    for line in head.about():
+    for line in about:
         yield _line("head", line), True
     yield _line("target", "not named, and this draft is not among the known names: --target checks the pair"), True
 

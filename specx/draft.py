@@ -1,7 +1,7 @@
 """The socket that every adapter fits."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ class Draft(Protocol):
 
     @property
     def cached(self) -> int:
-        """Committed tokens in the draft's key/value cache."""
+        """Committed tokens that the draft sees: in its own cache, or in the target's."""
         ...
 
     @property
@@ -58,6 +58,23 @@ class Draft(Protocol):
 
     def refresh(self, keep: Tensor) -> None:
         """Rebuild the cache from the tokens at `keep`, ascending indices into all tokens but the root."""
+        ...
+
+
+@runtime_checkable
+class ReadsTarget(Protocol):
+    """What a `Draft` has in addition if it reads the target's own keys and values."""
+
+    @property
+    def kv_rows(self) -> int:
+        """Committed tokens in the draft's own key/value cache."""
+        ...
+
+    def attach(self, last_layer: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Take what returns the last layer's committed keys and values, views [1, G, L, D]; called before `prefill`.
+
+        They are read in place: only while a tree is grown, and none is pending in the target then.
+        """
         ...
 
 

@@ -129,6 +129,29 @@ class HFModel:
         """Positions that the config claims, or None."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def rotary(self) -> nn.Module:
+        """The rotary embedding that all layers share: (x, position_ids) -> cos, sin.
+
+        Raises:
+            ValueError: If there is none, or one for each type of layer.
+        """
+        found = getattr(self.model.get_decoder(), "rotary_emb", None)
+        if found is None or len(rope_types(found)) > 1 or "layer_type" in inspect.signature(found.forward).parameters:
+            raise ValueError(f"{type(self.model).__name__} has no rotary embedding that all of its layers share")
+        return found
+
+    @property
+    def last_device(self) -> torch.device:
+        """Where the last layer's keys and values lie."""
+        return next(self._stack()[-2].parameters()).device
+
+    @property
+    def head_dim(self) -> int:
+        """Dims of an attention head."""
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     def new_cache(self, capacity: int) -> TreeCache:
         """Return an empty cache for this model with room for `capacity` rows.
 

@@ -95,6 +95,10 @@ class Target:
         """Keep the nodes of an accepted path, root first, and drop the rest of the tree."""
         self.cache.commit(path)
 
+    def last_layer(self) -> tuple[Tensor, Tensor]:
+        """Return the last layer's committed keys, rotated, and values: views [1, G, L, D], to be read after `keep`."""
+        return self.cache.layer(self.model.config.num_hidden_layers - 1)
+
     def chunk_scores(self, node: int, chunk_size: int, heads: Literal["mean", "max"] = "mean") -> Tensor | None:
         """Score the committed context by what `node` of the last forward attended to. Call it after `keep`.
 

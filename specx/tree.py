@@ -13,17 +13,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one round may spend: `nodes` with the root (1: no draft), levels = depth + 1, branching `beam`."""
+    """What one round may spend: `nodes` with the root (1: no draft), levels = depth + 1, branching `beam`.
+
+    With a `shape`, nodes a level, all nodes of a level are expanded and the best children of all of them kept.
+    """
 
     nodes: int
     depth: int
     beam: int
     threshold: float | None = None
+    shape: tuple[int, ...] | None = None
 
     def within(self, remaining: int) -> "Plan":
         """Return the plan without levels that no kept node or no token still wanted could lie on."""
         if self.nodes == 1 or remaining <= 1:
             return Plan(1, 0, 1)
+        if self.shape is not None:
+            shape = self.shape[: remaining - 1]
+            return Plan(1 + sum(shape), len(shape) - 1, self.beam, None, shape)
         return Plan(self.nodes, min(self.depth, self.nodes - 2, remaining - 2), self.beam, self.threshold)
 
 
@@ -111,6 +118,8 @@ def grow(
             take part in the selection.
         vocabulary: Token id of each column of the logits, int64 [V], where they are not 0, 1, ...
     """
+    if plan.shape is not None:
+        return _grow_shape(root, root_logits, expand, plan, plan.shape, vocabulary)
     beam = min(plan.beam, root_logits.shape[-1])
     device = root_logits.device
     scores, columns = torch.log_softmax(root_logits.float(), -1).topk(beam)
@@ -135,6 +144,30 @@ def grow(
         tokens, frontier = child_tokens.flatten()[picked], first + picked
         mask = torch.cat([mask[picked // beam], eye], dim=1)
     return pool.select(root, plan, expanded)
+
+
+def _grow_shape(
+    root: int,
+    root_logits: Tensor,
+    expand: Callable[[Tensor, Tensor, int], Tensor],
+    plan: Plan,
+    shape: tuple[int, ...],
+    vocabulary: Tensor | None,
+) -> DraftTree:
+    """Grow a tree of so many nodes a level, the best by score of all children of the level above (LongSpec's)."""
+    device, columns = root_logits.device, root_logits.shape[-1]
+    scores, picked = torch.log_softmax(root_logits.float(), -1).topk(min(shape[0], columns))
+    pool = _Pool(picked if vocabulary is None else vocabulary[picked], scores, torch.zeros_like(picked))
+    mask, expanded = torch.eye(len(picked), dtype=torch.bool, device=device), []
+    for level, width in enumerate(shape[1:]):
+        tokens, first = pool.tokens[-1], pool.size + 1
+        expanded.append(torch.arange(first - len(tokens), first, device=device))
+        total = (scores[:, None] + torch.log_softmax(expand(tokens, mask, level).float(), -1)).flatten()
+        scores, picked = total.topk(min(width, len(total)))
+        above, column = picked // columns, picked % columns
+        pool.add(column if vocabulary is None else vocabulary[column], scores, expanded[-1][above])
+        mask = torch.cat([mask[above], torch.eye(len(picked), dtype=torch.bool, device=device)], dim=1)
+    return pool.select(root, Plan(pool.size + 1, plan.depth, plan.beam), expanded)
 
 
 class _Pool:

@@ -490,9 +490,10 @@ MODEL = {*(each.name for each in fields(LoadConfig)), "target", "draft", "use_sp
 RUN = {each.name for config in (StopConfig, SamplingConfig, CacheConfig, TreeConfig) for each in fields(config)}
 ISSUE = """target draft use-specextend no-specextend input prompt chat no-chat max-samples max-new-tokens temperature
     top-k top-p repetition-penalty seed stop policy draft-context chunk-size top-chunks retrieve-every sinks recent
-    refill store score-heads score-layer nodes depth beam tree-threshold backend dtype device device-map quantization
-    draft-vocab draft-vocab-size
-    pack-weights no-pack-weights graphs no-graphs profile no-profile
+     refill store score-heads score-layer nodes depth beam tree-threshold tree-shape backend dtype device device-map
+     quantization
+     draft-vocab draft-vocab-size window-alignment
+     pack-weights no-pack-weights graphs no-graphs profile no-profile
     trust-remote-code flash-prefill no-flash-prefill hybrid-attention no-hybrid-attention compare stats-json verbose
     debug help"""
 

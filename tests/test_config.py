@@ -194,3 +194,21 @@ def test_nearest():
 def test_no_torch_here():
     code = "import sys, specx.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("given", ["4,16,16", "4 16 16", (4, 16, 16), [4, 16, 16]], ids=str)
+def test_a_tree_shape_gives_nodes_depth_and_beam(given):
+    tree = Settings().override(tree_shape=given).tree
+    assert (tree.tree_shape, tree.nodes, tree.depth, tree.beam) == ((4, 16, 16), 37, 2, 16)
+
+
+@pytest.mark.parametrize("wrong", ["", "4,x", "4,0", "-1", 4, (2.5,), (True,), ()], ids=str)
+def test_what_is_no_tree_shape_is_refused(wrong):
+    with pytest.raises(ValueError, match="tree_shape must be positive integers, one a level, such as 4,16,16,16,16"):
+        TreeConfig(tree_shape=wrong)
+
+
+@pytest.mark.parametrize(("wrong", "most"), [((65,), 64), ((60,) * 5, 255), ((1,) * 34, 33)], ids=str)
+def test_a_tree_shape_too_large_is_refused(wrong, most):
+    with pytest.raises(ValueError, match=f"at most {most} are possible"):
+        TreeConfig(tree_shape=wrong)

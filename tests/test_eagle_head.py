@@ -102,21 +102,21 @@ def naive(config, tensors, target, ids, drafted):
     return found
 
 
-def tree_of(pair, ids, sinks=4, capacity=500, tokens=0):
+def tree_of(pair, ids, sinks=4, capacity=500, tokens=0, plan=None):
     """The first tree after a prompt whose last token is the root."""
     target = Target(pair.engine, 1000, taps=pair.draft.taps)
     draft = pair.draft.start(capacity, 60, tokens, CacheConfig(sinks=sinks))
     target.prefill(ids[:-1], lambda chunk: draft.observe(ids[:-1], chunk))
     draft.prefill(ids[:-1], None)
     draft.begin(int(ids[-1]))
-    return draft.propose(Plan(20, 3, 3))
+    return draft.propose(plan or Plan(20, 3, 3))
 
 
 @torch.no_grad()
-def check(pair, config, tensors, ids=None):
+def check(pair, config, tensors, ids=None, **options):
     """Compare every path of the first tree with the naive forward."""
     ids = prompt_of(30) if ids is None else ids
-    tree, table = tree_of(pair, ids), tensors.get("d2t")
+    tree, table = tree_of(pair, ids, **options), tensors.get("d2t")
     column = {
         int(i + (table[i] if table is not None else 0)): i
         for i in range(len(tensors.get("lm_head.weight", [0] * VOCAB)))
@@ -174,6 +174,12 @@ VARIANTS = {
         {"transformer_layer_config": {"layer_types": ["sliding_attention"], "sliding_window": 6}}, {}, {"window": 6},
     ),
 }  # fmt: skip
+
+
+def test_levels_of_different_widths(target, tmp_path):
+    config, tensors = flat_config(), head_tensors()
+    pair = couple(target, save(tmp_path, config, tensors))
+    check(pair, config, tensors, plan=Plan(17, 3, 7, shape=(2, 5, 7, 2)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -472,6 +472,7 @@ def test_two_streams_in_turn(tiny, prompt_of):
         {"beam": 64},
         {"tree_threshold": 0.3},
         {"tree_threshold": 0.0, "depth": 8},
+        {"tree_shape": (3, 8, 2, 4, 4)},
     ],
     ids=str,
 )

@@ -4,10 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from heads import tiny_target
 
+from specx.api import load
 from specx.data import stdlib
+from specx.training import demo
 from specx.training.corpus import WindowSampler, encode_groups, train_tokenizer
-from specx.training.demo import Trainer, batches, build, learning_rate, train
+from specx.training.demo import batches, build, export_head, learning_rate, train
+from specx.training.loop import Loop, read_log
 from specx.training.recipes import DRAFT, RECIPES
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -17,31 +22,64 @@ TINY = replace(
     tokens=6 * 4 * 64,
     phases=((0.5, 2, 128), (1.0, 4, 64)),
 )
+SECOND = replace(TINY, sharpen=1.3, seed=1)
 GROUPS = [np.arange(1, 300, dtype=np.uint16), np.arange(300, 700, dtype=np.uint16)]
 
 
-def test_a_resumed_run_continues_exactly(tmp_path):
-    sampler = WindowSampler(GROUPS, 0, 0.5, 0)
-    whole = Trainer(TINY, "cpu")
-    losses = [whole.step(*batch) for batch in batches(TINY, sampler, 0, 0)]
-    first = Trainer(TINY, "cpu")
-    for number, batch in enumerate(batches(TINY, sampler, 0, 0)):
-        if number == 3:
-            break
-        first.step(*batch)
-    first.save(tmp_path / "state.pt")
-    second = Trainer(TINY, "cpu")
-    second.resume(tmp_path / "state.pt")
-    rest = [second.step(*batch) for batch in batches(TINY, sampler, second.steps, second.tokens)]
-    assert rest == losses[3:]
+class Killed(Exception):
+    """Ends a training between two steps, as a lost machine would."""
 
 
-def test_train_writes_a_state_and_a_log(tmp_path):
-    model = train((TINY,), GROUPS, tmp_path / "draft", "cpu")
-    assert (tmp_path / "draft" / "state.pt").exists()
-    assert len((tmp_path / "draft" / "log.jsonl").read_text().splitlines()) == 6
-    again = train((TINY,), GROUPS, tmp_path / "draft", "cpu")  # nothing left to do
-    assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
+def logged(folder):
+    return [row["loss"] for row in read_log(folder / "log.jsonl")]
+
+
+def test_a_resumed_run_continues_exactly(tmp_path, monkeypatch):
+    whole = train((TINY, SECOND), GROUPS, tmp_path / "whole", "cpu").model
+    assert len(logged(tmp_path / "whole")) == 12
+    monkeypatch.setattr(demo, "SAVE_SECONDS", 0)
+    step = Loop._step
+
+    def until(steps):
+        def limited(loop, course, batch, asked):
+            if (loop.progress.run, loop.progress.step) == steps:
+                raise Killed
+            return step(loop, course, batch, asked)
+
+        monkeypatch.setattr(Loop, "_step", limited)
+
+    for ends in ((0, 3), (1, 2)):  # in each run once
+        until(ends)
+        with pytest.raises(Killed):
+            train((TINY, SECOND), GROUPS, tmp_path / "parts", "cpu")
+    until(None)
+    parts = train((TINY, SECOND), GROUPS, tmp_path / "parts", "cpu").model
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_a_finished_training_does_nothing_more(tmp_path):
+    model = train((TINY,), GROUPS, tmp_path / "draft", "cpu").model
+    assert len(logged(tmp_path / "draft")) == 6
+    again = train((TINY,), GROUPS, tmp_path / "draft", "cpu").model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert len(logged(tmp_path / "draft")) == 6
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["eagle1", "eagle3", "longspec"])
+def test_heads_are_trained_and_exported(name, tmp_path, monkeypatch):
+    """A few steps of each recipe, over a target with the demo's names but not its size."""
+    monkeypatch.setattr(demo, "RECIPES", {name: (replace(RECIPES[name][0], tokens=256, phases=((1.0, 2, 64),)),)})
+    target = tiny_target("Llama", vocab_size=700, max_position_embeddings=4096)
+    with torch.enable_grad():
+        task = train(demo.RECIPES[name], GROUPS, tmp_path / name, "cpu", target)
+    assert len(logged(tmp_path / name)) == 2
+    export_head(name, task, tmp_path / "demo")
+    model = load(target, str(tmp_path / "demo"))
+    out = model.generate(torch.arange(1, 30), max_new_tokens=12)
+    assert out.tokens == target.generate(torch.arange(1, 30)[None], max_new_tokens=12, do_sample=False)[0, 29:].tolist()
 
 
 def test_phases_and_learning_rate():

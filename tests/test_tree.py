@@ -197,6 +197,37 @@ def test_rows_name_the_fed_row_of_each_node(seed):
     assert all(rows[node] == -1 for node in range(len(tree)) if tree.depths[node] == plan.depth + 1)
 
 
+def best_of_levels(draft: TableDraft, shape: tuple[int, ...]) -> dict[tuple[int, ...], float]:
+    """LongSpec's growth with Python floats: each level holds the best children of the whole level above."""
+    found, level = {}, {(): 0.0}
+    for width in shape:
+        children = {}
+        for path, score in level.items():
+            logits = draft.logits(path).double().tolist()
+            norm = math.log(sum(math.exp(each) for each in logits))
+            children |= {(*path, token): score + each - norm for token, each in enumerate(logits)}
+        level = dict(sorted(children.items(), key=lambda child: -child[1])[:width])
+        found |= level
+    return found
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16, 16), (1, 1, 1, 1, 1), (8,), (2, 3, 9, 4), (50, 2)], ids=str)
+def test_a_shape_says_how_many_nodes_a_level_has(shape):
+    draft = TableDraft(vocab=9, seed=3)
+    plan = Plan(1 + sum(shape), len(shape) - 1, max(shape), shape=shape)
+    tree = draft.grow(plan)
+    expected = best_of_levels(TableDraft(vocab=9, seed=3), shape)
+    found = {path_tokens(tree, node): tree.scores[node].item() for node in range(1, len(tree))}
+    assert found.keys() == expected.keys()
+    assert all(found[path] == pytest.approx(expected[path], abs=1e-4) for path in expected)
+    assert draft.calls == [min(each, 9) for each in shape[:1]][: len(shape) - 1] + list(shape[1:-1])
+    fed = [row for row in tree.rows.tolist() if row >= 0]
+    assert sorted(fed) == list(range(sum(draft.calls)))  # every node but the last level's is fed
+    cut = plan.within(3)
+    assert (cut.shape, cut.depth) == (shape[:2], min(2, len(shape)) - 1)
+    assert plan.within(1).nodes == 1
+
+
 def test_the_last_drafted_level_takes_part():
     """A draft that is sure of itself fills every level, the one after the last call too."""
     tree = TableDraft(vocab=6, seed=0, style="peaked").grow(Plan(nodes=6, depth=4, beam=2))

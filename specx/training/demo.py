@@ -6,8 +6,6 @@ modules. Seeded; killed and started again it goes on from its last checkpoint; r
 
 import json
 import math
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,15 +15,18 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specx.data import stdlib
+from specx.hf import HFModel
 from specx.training.card import card
 from specx.training.corpus import WindowSampler, encode_groups, read_groups, train_tokenizer
 from specx.training.eagle import TrainableHead, head_config
+from specx.training.longspec import LongSpecLoss, LongSpecTask, fresh_block, longspec_config, published_tensors
+from specx.training.loop import Batch, Course, Loop
 from specx.training.recipes import HEADS, PAIR, RECIPES, VOCAB_SIZE, Recipe
 
 SAVE_SECONDS = 300
@@ -54,7 +55,7 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 
 def batches(recipe: Recipe, sampler: WindowSampler, step: int, done: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (ids, positions) from `step` on until the recipe's tokens are used up."""
-    while done < (recipe.until or recipe.tokens + recipe.long_tail * recipe.long_length):
+    while done < recipe.total:
         share = min(done / recipe.tokens, 0.999)
         rows, length = next((rows, length) for end, rows, length in recipe.phases if share < end)
         every = round(0.3 / recipe.long_share * recipe.long_length / (rows * length)) if recipe.long_share else 0
@@ -77,96 +78,90 @@ def learning_rate(recipe: Recipe, done: int) -> float:
     return recipe.learning_rate * (0.02 + 0.49 * (1 + math.cos(math.pi * (share - 0.02) / 0.98)))
 
 
-class Trainer:
-    """A model with its optimisers: Muon for the matrices of the layers, AdamW for embeddings and norms."""
+class ModelTask(nn.Module):
+    """A whole model in training.
 
-    def __init__(self, recipe: Recipe, device: str, teacher: LlamaForCausalLM | None = None) -> None:
-        self.recipe, self.device, self.teacher = recipe, device, teacher
-        self.model: Any = self.build().to(device)
-        named = list(self.model.named_parameters())
-        inner = {name for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name}
-        matrices = [p for name, p in named if name in inner]
-        others = [p for name, p in named if name not in inner]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        ]
-        self.run = self.steps = self.tokens = 0
+    Args:
+        recipe: Of the run in progress.
+        teacher: The finished target, for runs that distill.
+    """
 
-    def build(self) -> nn.Module:
-        """Return the model with its first weights."""
-        return build(self.recipe)
+    def __init__(self, recipe: Recipe, teacher: LlamaForCausalLM | None) -> None:
+        super().__init__()
+        self.recipe, self.model, self.teacher_of = recipe, build(recipe), [teacher]
 
-    def begin(self, run: int, recipe: Recipe) -> None:
-        """Take up a run of the model's training: where it was left, or at its start."""
-        if run > self.run:
-            self.run, self.steps, self.tokens = run, 0, 0
-            for layer in self.model.model.layers if recipe.sharpen != 1 else ():
-                layer.self_attn.q_proj.weight.data *= recipe.sharpen
-        self.recipe = recipe
-
-    def loss(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Mean next-token loss in nats, or the cross entropy against the teacher's distribution."""
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            hidden = self.model.model(tokens[:, :-1], position_ids=positions, use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden[:, self.recipe.loss_from :]).float().flatten(0, 1)
-            if not self.recipe.distill:
-                return F.cross_entropy(logits, tokens[:, 1 + self.recipe.loss_from :].flatten())
-            assert self.teacher is not None
-            with torch.no_grad():
-                wanted = self.teacher(tokens[:, :-1], position_ids=positions, use_cache=False).logits
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Mean next-token loss in nats on [B, T + 1], or the cross entropy against the teacher's distribution."""
+        hidden = self.model.model(tokens[:, :-1], position_ids=positions, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden[:, self.recipe.loss_from :]).float().flatten(0, 1)
+        teacher = self.teacher_of[0]
+        if not self.recipe.distill or teacher is None:
+            return F.cross_entropy(logits, tokens[:, 1 + self.recipe.loss_from :].flatten())
+        with torch.no_grad():
+            wanted = teacher(tokens[:, :-1], position_ids=positions, use_cache=False).logits
         return F.cross_entropy(logits, wanted.float().flatten(0, 1).softmax(-1))
 
-    def step(self, ids: np.ndarray, positions: np.ndarray) -> float:
-        """One step of next-token loss; ids [B, T + 1], positions [B, T]. Return the mean loss in nats."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.recipe, self.tokens)
-        tokens = torch.from_numpy(ids).to(self.device)
-        loss = self.loss(tokens, torch.from_numpy(positions).to(self.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.steps, self.tokens = self.steps + 1, self.tokens + positions.size
-        return loss.item()
 
-    def save(self, file: Path) -> None:
-        """Write everything that a resumed run needs, in one move."""
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        counts = {"run": self.run, "steps": self.steps, "tokens": self.tokens}
-        torch.save(counts | {"model": self.model.state_dict(), "optim": optimizers}, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
-
-    def resume(self, file: Path) -> None:
-        """Go on from a saved state, if there is one."""
-        if file.exists():
-            content = torch.load(file, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(content["model"])
-            for optimizer, state in zip(self.optimizers, content["optim"], strict=True):
-                optimizer.load_state_dict(state)
-            self.run, self.steps, self.tokens = content["run"], content["steps"], content["tokens"]
-
-
-class HeadTrainer(Trainer):
+class HeadTask(nn.Module):
     """An EAGLE head over the finished target, its teacher."""
 
-    def build(self) -> nn.Module:
-        """Return the head with its first weights."""
-        assert self.teacher is not None
-        torch.manual_seed(self.recipe.seed)
-        return TrainableHead(self.recipe.model["version"], self.teacher, self.recipe.model["intermediate_size"])
+    def __init__(self, recipe: Recipe, teacher: LlamaForCausalLM) -> None:
+        super().__init__()
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.model = TrainableHead(recipe.model["version"], teacher, recipe.model["intermediate_size"])
 
-    def begin(self, run: int, recipe: Recipe) -> None:
-        """Take up a run; each says how far the head is unrolled."""
-        super().begin(run, recipe)
-        self.model.unrolled = recipe.unrolled
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Loss of the head in its own units; its windows have one token more, at contiguous positions."""
+        self.model.unrolled = self.recipe.unrolled
+        return self.model.loss(tokens)
 
-    def loss(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Loss of the head in its own units; its windows have one token more."""
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            return self.model.loss(tokens)
+
+class BlockTask(nn.Module):
+    """A LongSpec block over the finished target."""
+
+    def __init__(self, recipe: Recipe, teacher: LlamaForCausalLM) -> None:
+        super().__init__()
+        torch.manual_seed(recipe.seed)
+        self.model = fresh_block(HFModel(teacher), recipe.model["intermediate_size"])
+        how = LongSpecLoss(distill=recipe.distill, positions=teacher.config.max_position_embeddings)
+        self.task = LongSpecTask(teacher, self.model, how)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Mean loss in nats; the positions are the task's own draw."""
+        return self.task(tokens, (int(torch.randint(1 << 62, ())),))
+
+
+def task_of(recipe: Recipe, teacher: LlamaForCausalLM | None) -> Any:
+    """Return what a recipe trains, with its first weights."""
+    version = recipe.model.get("version")
+    if version is None:
+        return ModelTask(recipe, teacher)
+    assert teacher is not None
+    return (BlockTask if version == "longspec" else HeadTask)(recipe, teacher)
+
+
+def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, LM heads and norms."""
+    named = list(model.named_parameters())
+    inner = {name for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name}
+    matrices = [p for name, p in named if name in inner]
+    others = [p for name, p in named if name not in inner]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def course_of(recipe: Recipe, groups: list[np.ndarray]) -> Course:
+    """Return a recipe's run over the training files."""
+    stretch_to = recipe.model["max_position_embeddings"] if recipe.long_share else 0
+    sampler = WindowSampler(groups, recipe.seed, recipe.copy_rate, stretch_to)
+
+    def windows(step: int, done: int) -> Iterator[Batch]:
+        return (Batch(arrays, (), arrays[1].size) for arrays in batches(recipe, sampler, step, done))
+
+    return Course(recipe.total, windows, lambda done: learning_rate(recipe, done), recipe.seed)
 
 
 def train(
@@ -176,42 +171,17 @@ def train(
     device: str,
     teacher: LlamaForCausalLM | None = None,
 ) -> Any:
-    """Train one model, resuming from `folder/state.pt` where there is one; losses go to `folder/log.jsonl`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = (HeadTrainer if "version" in recipes[0].model else Trainer)(recipes[0], device, teacher)
-    trainer.resume(folder / "state.pt")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.1f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress, (folder / "log.jsonl").open("a") as log:
-        for run, recipe in list(enumerate(recipes))[trainer.run :]:
-            trainer.begin(run, recipe)
-            bar = progress.add_task(folder.name, total=recipe.tokens, completed=trainer.tokens)
-            saved = time.monotonic()
-            for row in _rows(trainer, groups):
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                progress.update(bar, completed=trainer.tokens, description=f"{folder.name} loss {row['loss']:.3f}")
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    trainer.save(folder / "state.pt")
-                    saved = time.monotonic()
-            trainer.save(folder / "state.pt")
-    return trainer.model.eval()
-
-
-def _rows(trainer: Trainer, groups: list[np.ndarray]) -> Iterator[dict[str, Any]]:
-    """Take the steps that are left of the trainer's run; yield what the log says of each."""
-    recipe = trainer.recipe
-    stretch_to = recipe.model["max_position_embeddings"] if recipe.long_share else 0
-    sampler = WindowSampler(groups, recipe.seed, recipe.copy_rate, stretch_to)
-    for ids, positions in batches(recipe, sampler, trainer.steps, trainer.tokens):
-        began = time.monotonic()
-        loss = round(trainer.step(ids, positions), 4)
-        counts = {"run": trainer.run, "step": trainer.steps, "tokens": trainer.tokens}
-        yield counts | {"length": positions.shape[1], "loss": loss, "seconds": round(time.monotonic() - began, 2)}
+    """Train one model, resuming where it was left; losses go to `folder/log.jsonl`."""
+    task = task_of(recipes[0], teacher).to(device)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu")
+    loop = Loop(task, optimizers_of(task.model), folder, accelerator, save_seconds=SAVE_SECONDS)
+    for run, recipe in list(enumerate(recipes))[loop.progress.run :]:
+        if run > loop.progress.run:
+            for layer in task.model.model.layers if recipe.sharpen != 1 else ():
+                layer.self_attn.q_proj.weight.data *= recipe.sharpen
+        task.recipe = recipe
+        loop.run(course_of(recipe, groups), run, folder.name)
+    return task.eval()
 
 
 def prepare(out: Path) -> tuple[PreTrainedTokenizerFast, list[np.ndarray]]:
@@ -255,8 +225,8 @@ license: apache-2.0
 An {version} head ({count:.1f}M parameters) for specx's demo-target, which ships with specx. It drafts Python.
 
 - Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of up to
-  {length}, without
-  the modules of `specx.data.stdlib.HELD_OUT` and their tests. It learns the target's own distribution.
+  {length}, without the modules of `specx.data.stdlib.HELD_OUT` and their tests. It learns the target's own
+  distribution.
 - Command: `python -m specx.training.demo --out DIR --part target --part {name}`
 - Licence: Apache-2.0.
 """
@@ -280,21 +250,29 @@ def main(out: Path, parts: tuple[str, ...], device: str) -> None:
         (out / name).mkdir(exist_ok=True)
         (out / name / "recipe.json").write_text(json.dumps([asdict(r) for r in RECIPES[name]], indent=1))
         teacher = teacher_from(out / "demo-target", device) if name != "target" else None
-        model = train(RECIPES[name], groups, out / name, device, teacher).to(torch.bfloat16)
-        if teacher is not None and name in HEADS:
-            export_head(name, model, out / f"demo-{name}")
+        task = train(RECIPES[name], groups, out / name, device, teacher).to(torch.bfloat16)
+        if name in HEADS:
+            export_head(name, task, out / f"demo-{name}")
         else:
-            export(name, model, tokenizer, out / f"demo-{name}")
+            export(name, task.model, tokenizer, out / f"demo-{name}")
 
 
-def export_head(name: str, model: TrainableHead, folder: Path) -> None:
+def export_head(name: str, task: HeadTask | BlockTask, folder: Path) -> None:
     """Write a head as its authors' own training does, with a card."""
-    length, tokens = RECIPES[name][-1].phases[-1][2], sum(recipe.until or recipe.tokens for recipe in RECIPES[name])
+    length, tokens = RECIPES[name][-1].phases[-1][2], sum(recipe.total for recipe in RECIPES[name])
     folder.mkdir(exist_ok=True)
-    save_file({key: each.contiguous() for key, each in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(head_config(model, length), indent=2) + "\n")
+    if isinstance(task, BlockTask):
+        target = HFModel(task.task.target_of[0])
+        config, tensors = (
+            longspec_config(task.model, target, target.config.max_position_embeddings),
+            published_tensors(task.model),
+        )
+    else:
+        config, tensors = head_config(task.model, length), task.model.state_dict()
+    save_file({key: each.contiguous() for key, each in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "model.safetensors").chmod(0o644)
-    count = sum(each.numel() for each in model.parameters())
+    count = sum(each.numel() for each in tensors.values())
     (folder / "README.md").write_text(
         HEAD_CARD.format(name=name, version=HEADS[name], count=count / 1e6, tokens=tokens, length=length)
     )

@@ -37,6 +37,11 @@ class Recipe:
         }
     )
 
+    @property
+    def total(self) -> int:
+        """Tokens after which the run ends."""
+        return self.until or self.tokens + self.long_tail * self.long_length
+
 
 TARGET = Recipe(
     model={
@@ -176,6 +181,18 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     ),
     "eagle1": _head("eagle1", until=5_000_000),
     "eagle3": _head("eagle3", until=6_000_000),
+    "longspec": (
+        Recipe(
+            model={"version": "longspec", "intermediate_size": 688},
+            tokens=4_000_000,
+            learning_rate=3e-3,
+            phases=((0.5, 4, 1024), (1.0, 2, 2048)),
+            copy_rate=0.0,
+            copies=2,
+            scramble=0.1,
+            distill=True,
+        ),
+    ),
 }
 PAIR = ("target", "draft")
-HEADS = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}
+HEADS = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3", "longspec": "LongSpec"}
