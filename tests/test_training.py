@@ -71,7 +71,9 @@ def test_a_finished_training_does_nothing_more(tmp_path):
 @pytest.mark.parametrize("name", ["eagle1", "eagle3", "longspec"])
 def test_heads_are_trained_and_exported(name, tmp_path, monkeypatch):
     """A few steps of each recipe, over a target with the demo's names but not its size."""
-    monkeypatch.setattr(demo, "RECIPES", {name: (replace(RECIPES[name][0], tokens=256, phases=((1.0, 2, 64),)),)})
+    monkeypatch.setattr(
+        demo, "RECIPES", {name: (replace(RECIPES[name][0], tokens=256, until=None, phases=((1.0, 2, 64),)),)}
+    )
     target = tiny_target("Llama", vocab_size=700, max_position_embeddings=4096)
     with torch.enable_grad():
         task = train(demo.RECIPES[name], GROUPS, tmp_path / name, "cpu", target)
