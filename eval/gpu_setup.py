@@ -100,7 +100,7 @@ class Setup:
     def bundled(self, dtype: torch.dtype, graphs: bool | None = None) -> SpeculativeModel:
         """Return the bundled pair on the device."""
         options: dict[str, Any] = {"draft_context": self.draft_context} if self.draft_context else {}
-        return load(dtype=dtype, device=self.device, graphs=graphs, **options)
+        return load(dtype=dtype, device=self.device, graphs=graphs, profile=False, **options)
 
     def prompt(self, tokenizer: Any, tokens: int, number: int = 0) -> Tensor:
         """Return `data.prompts.held_out_prompt` on the device, int64 [L]."""

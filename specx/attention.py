@@ -26,6 +26,8 @@ __all__ = [
     "reference",
 ]
 
+_sound: set[tuple[str, torch.device]] = set()  # backends that computed what they should, and where
+
 
 def attend(
     query: Tensor,
@@ -151,4 +153,10 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def _trouble(name: str, device: torch.device) -> str | None:
-    return trouble_with(name, device) or (trouble_with_kernel(device) if name == "triton" else None)
+    """Try a backend on a device, until it has been found right once; what was wrong may pass (memory)."""
+    if (name, device) in _sound:
+        return None
+    trouble = trouble_with(name, device) or (trouble_with_kernel(device) if name == "triton" else None)
+    if trouble is None:
+        _sound.add((name, device))
+    return trouble

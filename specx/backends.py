@@ -11,6 +11,7 @@ from torch import Tensor
 
 # A masked score must stay finite: flash kernels return lse 0, not -inf, for a row whose scores are all -inf.
 MASKED = {dtype: torch.finfo(dtype).min for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_FEW_KEYS = 256
 _BLOCK_ELEMENTS = 1 << 25  # scores that the reference materialises at once
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -74,19 +75,22 @@ def cpu_flash(
     """PyTorch's CPU flash kernel, which returns its log-sum-exp. Falls back to `reference` where the kernel cannot.
 
     It knows no softcap and only equal key and value dims. Query heads that share keys are packed as extra rows where
-    that is faster (measured: several rows, or float32).
+    that is faster (measured): the keys are then read once for all of them.
     """
     batch, heads, rows, dim = query.shape
-    groups = key.shape[1]
+    groups, keys = key.shape[1:3]
     if softcap is not None or dim != value.shape[3]:
         return reference(query, key, value, scale, bias, causal, softcap)
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    packs = heads != groups and not causal and (rows > 1 or query.dtype == torch.float32)
-    if not packs or (bias is not None and rows > 256):
+    share = heads // groups
+    # A single row goes to one thread a head: packed, there may be fewer of them than threads.
+    many = rows > 1 or (share >= 4 and groups >= torch.get_num_threads()) or query.dtype == torch.float32
+    # A mask is repeated for packed rows: small heads of a short tail are not worth that, and a prefill's is too large.
+    cheap = bias is None or ((keys >= _FEW_KEYS or dim > 64) and rows <= 256)
+    if share == 1 or causal or not many or not cheap:
         out, lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         return out, lse
-    share = heads // groups
     packed = query.reshape(batch, groups, share * rows, dim)
     repeated = None if bias is None else bias.repeat(share, 1)
     out, lse = flash(packed, key, value, 0.0, False, attn_mask=repeated, scale=scale)

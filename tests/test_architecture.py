@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports its own layer and those before it.
 LAYERS = [
     {"config", "tree", "costs"},
-    {"backends", "kernels", "kernel_launch", "cache", "retrieval", "acceptance"},
+    {"backends", "cache", "retrieval", "acceptance", "kernels", "kernel_plans", "kernel_checks", "kernel_launch"}
+    | {"kernel_attention", "kernel_scores", "kernel_commit"},
     {"static_attention"},
     {"attention"},
     {"hf_attention", "hf_config", "packed"},

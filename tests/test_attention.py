@@ -99,7 +99,7 @@ def test_masks_softcap_and_value_dim(backend, heads, groups, masking, value_dim,
 @pytest.mark.parametrize("masking", ["none", "bias", "causal"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_low_precision(backend, dtype, masking, rows):
-    keys = rows if masking == "causal" else 129
+    keys = rows if masking == "causal" else 300
     query, key, value = inputs(rows, keys, 8, 2, 64, dtype=dtype)
     seen = {"none": None, "bias": random_mask(rows, keys), "causal": torch.ones(rows, rows).tril().bool()}[masking]
     bias = additive(seen, dtype) if masking == "bias" else None
@@ -126,8 +126,8 @@ def test_any_strides(backend, layout, which, rows):
         room[..., ::2] = tensor
         return room[..., ::2]
 
-    query, key, value = inputs(rows, 41, 8, 2, 32)
-    seen = random_mask(rows, 41)
+    query, key, value = inputs(rows, 300, 8, 2, 32)
+    seen = random_mask(rows, 300)
     plain = {"query": query, "key": key, "value": value}
     odd = {name: disguise(tensor) if which in (name, "all") else tensor for name, tensor in plain.items()}
     found = attend(**odd, scale=0.2, bias=additive(seen, query.dtype), backend=backend)
@@ -136,15 +136,23 @@ def test_any_strides(backend, layout, which, rows):
 
 @BACKEND
 @pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("keys", [21, 400])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (8, 2)], ids=["H/G=1", "H/G=4"])
-def test_bias_of_any_strides(backend, heads, groups, rows):
-    query, key, value = inputs(rows, 21, heads, groups, 32)
-    seen = random_mask(rows, 21)
+def test_bias_of_any_strides(backend, heads, groups, rows, keys):
+    query, key, value = inputs(rows, keys, heads, groups, 32)
+    seen = random_mask(rows, keys)
     expected = dense(query, key, value, 0.2, seen)
     turned = additive(seen, query.dtype).t().contiguous().t()
-    sliced = torch.cat([additive(seen, query.dtype), torch.full((rows, 6), 9.0)], dim=1)[:, :21]
+    sliced = torch.cat([additive(seen, query.dtype), torch.full((rows, 6), 9.0)], dim=1)[:, :keys]
     for bias in (turned, sliced):
         assert_same(attend(query, key, value, scale=0.2, bias=bias, backend=backend), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+def test_a_single_row_however_it_is_divided_among_threads(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    query, key, value = inputs(1, 700, 8, 2, 64, dtype=torch.bfloat16)
+    assert_same(attend(query, key, value, scale=0.125, backend="cpu"), dense(query, key, value, 0.125), torch.bfloat16)
 
 
 @BACKEND
@@ -367,6 +375,16 @@ def test_cpu_backend_needs_a_cpu():
 def test_cuda_backends_need_a_gpu(backend):
     with pytest.raises(ValueError, match="needs a CUDA device"):
         choose_backend(backend, torch.device("cpu"))
+
+
+def test_a_backend_is_tried_until_it_is_right_once(monkeypatch):
+    answers = iter(["out of memory", None])
+    monkeypatch.setattr(attention, "trouble_with", lambda name, device: next(answers))
+    monkeypatch.setattr(attention, "_sound", set())
+    device = torch.device("cpu")
+    assert choose_backend("auto", device)[0] == "reference"
+    assert choose_backend("auto", device)[0] == "cpu"
+    assert choose_backend("cpu", device)[0] == "cpu"
 
 
 def stand_in_for_flash(monkeypatch, lse_of=lambda lse: lse):

@@ -129,17 +129,22 @@ def measure(case: Case) -> tuple[int, int, int]:
     """Return the registers a thread uses, the bytes it spills and the bytes of shared memory of a program."""
     import triton
 
-    from specx import kernel_launch
+    from specx import kernel_attention, kernel_commit, kernel_scores
 
-    names = ("tree_attention_kernel", "merge_splits_kernel", "chunk_scores_kernel", "commit_rows_kernel")
-    kernels = {name: getattr(kernel_launch, name) for name in names}
-    recorders = {name: Recorder(kernel) for name, kernel in kernels.items()}
-    limits = kernel_launch._limits
-    try:
-        vars(kernel_launch).update(recorders, _limits=lambda device: (132, SHARED_LIMIT[case.arch]))
+    launchers = {
+        kernel_attention: ("tree_attention_kernel", "merge_splits_kernel"),
+        kernel_scores: ("chunk_scores_kernel",),
+        kernel_commit: ("commit_rows_kernel",),
+    }
+    recorders: dict[str, Recorder] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in launchers.items():
+            for name in names:
+                recorders[name] = Recorder(getattr(module, name))
+                patch.setattr(module, name, recorders[name])
+            if hasattr(module, "limits_of"):
+                patch.setattr(module, "limits_of", lambda device: (132, SHARED_LIMIT[case.arch]))
         launch(case)
-    finally:
-        vars(kernel_launch).update(kernels, _limits=limits)
     compiled = recorders[case.kernel].compiled(case.arch)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -82,9 +82,7 @@ else:
 def poisoned(monkeypatch):
     """Memory that nobody has written holds NaN."""
     empty = torch.empty
-    monkeypatch.setattr(
-        kernel_launch.torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)
-    )
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
 
 
 # Tree attention
