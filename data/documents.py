@@ -63,6 +63,12 @@ def read_documents(source: str, tokenizer: Any, limit: int | None = None) -> lis
     ]
 
 
+def labels_of(source: str) -> list[int]:
+    """Return the lengths that file names tell, ascending; none if one of them tells nothing."""
+    labels = [_label(file) for file in _files(source)]
+    return sorted({each for each in labels if each}) if None not in labels else []
+
+
 def parse_length(text: str) -> int:
     """Return the tokens that `text` stands for: 512 for "512", 2048 for "2K" or "2k", 1536 for "1.5K".
 

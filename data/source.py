@@ -7,7 +7,7 @@ from typing import Any
 
 from specx.config import nearest
 from specx.data import needle
-from specx.data.documents import Document, parse_lengths, read_documents
+from specx.data.documents import Document, labels_of, length_name, parse_lengths, read_documents
 from specx.data.framed import document_ids, frame
 from specx.data.sets import DATA_SETS, Sample, read_set
 
@@ -44,9 +44,16 @@ def is_named(source: str) -> bool:
 
 
 def defaults_of(source: str) -> tuple[str, int]:
-    """Return the lengths and the number of new tokens that fit a data set, where none are asked for."""
-    known = DATA_SETS.get(source) if is_named(source) else None
-    return (known.lengths, known.new) if known else (_LENGTHS, _NEW)
+    """Return the lengths and the number of new tokens where none are asked for: those of the data, or of its names.
+
+    Raises:
+        ValueError: If there is nothing of that name.
+    """
+    if is_named(source):
+        known = DATA_SETS.get(source)
+        return (known.lengths, known.new) if known else (_LENGTHS, _NEW)
+    labels = labels_of(source)
+    return ",".join(map(length_name, labels)) if labels else _LENGTHS, _NEW
 
 
 def check_source(source: str) -> None:

@@ -12,7 +12,6 @@ from specx.eval.plots import (
     COLOURS,
     PART_COLOURS,
     Palette,
-    chosen,
     draw_accepted,
     draw_map,
     draw_memory,
@@ -20,6 +19,7 @@ from specx.eval.plots import (
     draw_speed,
     draw_tau,
     drawn_methods,
+    figures_with,
     mapped,
     short,
     timed,
@@ -116,16 +116,16 @@ def _flat(height: float) -> Callable[[Results], float]:
 CHARTS = (
     Chart("tau", "tau against context", "Tokens that one verification emits, with 95 % intervals over samples. Solid: "
           "ordinary places; dashed: text of which much can be copied only from beyond the draft's window.",
-          draw_tau, lambda f: bool(chosen(f, "tau")), _flat(3.3)),
+          draw_tau, lambda f: bool(figures_with(f, "tau")), _flat(3.3)),
     Chart("speed", "Speed-up against context", "Decode tokens/s over Hugging Face's plain decoding, the faster of its "
           "caches, prompt by prompt; medians with 95 % intervals over prompts. Dotted: no gain.",
-          draw_speed, lambda f: bool(chosen(f, "speed_up")), _flat(3.3)),
+          draw_speed, lambda f: bool(figures_with(f, "speed_up")), _flat(3.3)),
     Chart("parts", "Time of a step", "Milliseconds of one round by what they were spent on.",
           draw_parts, lambda f: bool(timed(f)), lambda f: 0.9 + 0.2 * len(timed(f)), "parts"),
     Chart("memory", "Memory against context", "Peak above what the loaded models need, one process a point.",
-          draw_memory, lambda f: bool(chosen(f, "peak_bytes_added")), _flat(3.0)),
+          draw_memory, lambda f: bool(figures_with(f, "peak_bytes_added")), _flat(3.0)),
     Chart("accepted", "Accepted tokens", "Drafted tokens that a step accepts, at the longest context.",
-          draw_accepted, lambda f: bool(chosen(f, "accepted_histogram")), _flat(3.0)),
+          draw_accepted, lambda f: bool(figures_with(f, "accepted_histogram")), _flat(3.0)),
     Chart("map", "What retrieval kept", "Each column is a verification step, each row a chunk of the context. Above "
           "the dotted line lies what was generated. A chunk not coloured is not in the draft's cache.",
           draw_map, lambda f: mapped(f) is not None, _flat(3.6), "kept"),

@@ -35,10 +35,10 @@ def choose_prompts(
 ) -> list[Prompt]:
     """Return prompts by length.
 
-    A labelled document (of govreport_2K.jsonl) is a prompt of its own length; one with more tokens is cut inside, so
-    that the instruction at its beginning and its end stay. A framed one gives way inside its instruction; those that
-    fit more of the lengths come first, so that lengths are compared on the same documents. Of others prompts are taken
-    out: nested ones, which end at the same place.
+    A labelled document (of govreport_2K.jsonl) is a prompt of its own length, or of the next shorter one that is asked
+    for; one with more tokens is cut inside, so that the instruction at its beginning and its end stay. A framed one
+    gives way inside its instruction; those that fit more of the lengths come first, so that lengths are compared on the
+    same documents. Of others prompts are taken out: nested ones, which end at the same place.
 
     Args:
         data: What was read, for messages.
@@ -68,8 +68,9 @@ def choose_prompts(
 def _labelled(data: str, documents: list[Document], contexts: Sequence[int], samples: int) -> list[Prompt]:
     prompts = []
     for context in contexts:
-        own = [each for each in documents if each.label == context][:samples]
-        if not own:
+        label = min((each.label for each in documents if each.label and each.label >= context), default=None)
+        own = [each for each in documents if each.label == label][:samples]
+        if label is None:
             labels = ",".join(length_name(n) for n in sorted({each.label for each in documents if each.label}))
             raise ValueError(f"{data} has no file for length {length_name(context)}; its files have --lengths {labels}")
         prompts += [_prompt(each, context) for each in own]

@@ -1,5 +1,6 @@
 """What stands inside each chart of a report: one folder drawn into one axes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,10 +39,10 @@ class Palette:
 def drawn_methods(name: str, folder: Results) -> list[str]:
     """Return the methods that a chart shows of a folder."""
     keys = {"tau": "tau", "speed": "speed_up", "memory": "peak_bytes_added", "accepted": "accepted_histogram"}
-    return list(dict.fromkeys(each["method"] for each in chosen(folder, keys[name])))
+    return list(dict.fromkeys(each["method"] for each in figures_with(folder, keys[name])))
 
 
-def chosen(folder: Results, key: str) -> list[Row]:
+def figures_with(folder: Results, key: str) -> list[Row]:
     """Return figures that have a key; tau of nested prompts goes before that of generations."""
     found = [each for each in folder.figures if key in each]
     nested = [each for each in found if each["measure"] == "tau"]
@@ -77,7 +78,7 @@ def _rough(context: int) -> str:
 
 
 def draw_tau(axes: Any, folder: Results, palette: Palette) -> None:
-    figures, methods = chosen(folder, "tau"), drawn_methods("tau", folder)
+    figures, methods = figures_with(folder, "tau"), drawn_methods("tau", folder)
     for kind in dict.fromkeys(each.get("kind") for each in figures):
         own = [each for each in figures if each.get("kind") == kind]
         _lines(axes, own, "tau", palette, methods, "dashed" if kind == "recurrence" else "")
@@ -86,7 +87,7 @@ def draw_tau(axes: Any, folder: Results, palette: Palette) -> None:
 
 
 def draw_speed(axes: Any, folder: Results, palette: Palette) -> None:
-    figures = chosen(folder, "speed_up")
+    figures = figures_with(folder, "speed_up")
     _lines(axes, figures, "speed_up", palette, drawn_methods("speed", folder))
     _context_axis(axes, sorted({each["context"] for each in figures}), "times plain decoding")
     axes.axhline(1, linewidth=1, color=_ink(), linestyle=":")
@@ -94,7 +95,7 @@ def draw_speed(axes: Any, folder: Results, palette: Palette) -> None:
 
 
 def draw_memory(axes: Any, folder: Results, palette: Palette) -> None:
-    figures = chosen(folder, "peak_bytes_added")
+    figures = figures_with(folder, "peak_bytes_added")
     for method in drawn_methods("memory", folder):
         own = sorted((each for each in figures if each["method"] == method), key=lambda each: each["context"])
         axes.plot([each["context"] for each in own], [each["peak_bytes_added"] / 2**20 for each in own],
@@ -104,23 +105,23 @@ def draw_memory(axes: Any, folder: Results, palette: Palette) -> None:
 
 
 def draw_accepted(axes: Any, folder: Results, palette: Palette) -> None:
-    figures = chosen(folder, "accepted_histogram")
-    longest = max(each["context"] for each in figures)
-    for method in drawn_methods("accepted", folder):
-        total: dict[int, int] = {}
+    """A histogram: the share of steps by how many drafted tokens they accepted, at the longest context."""
+    figures = figures_with(folder, "accepted_histogram")
+    longest, methods = max(each["context"] for each in figures), drawn_methods("accepted", folder)
+    width = 0.84 / len(methods)
+    for number, method in enumerate(methods):
+        total = Counter[int]()
         for each in figures:
             if (each["method"], each["context"]) == (method, longest):
-                for count, steps in each["accepted_histogram"].items():
-                    total[int(count)] = total.get(int(count), 0) + steps
-        if total and any(total):
-            most = max(total)
-            share = [total.get(count, 0) / sum(total.values()) for count in range(most + 1)]
-            axes.plot(range(most + 1), share, linewidth=1.6, **palette.style(method))
+                total.update({int(count): steps for count, steps in each["accepted_histogram"].items()})
+        places = [count + (number - (len(methods) - 1) / 2) * width for count in total]
+        shares = [steps / total.total() for steps in total.values()]
+        axes.bar(places, shares, width * 0.92, color=palette.colour(method))
     axes.set_xlabel(f"drafted tokens accepted in a step, after {_rough(longest)}")
     axes.set_ylabel("share of steps")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
     axes.grid(axis="y", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def timed(folder: Results) -> list[Row]:

@@ -30,7 +30,8 @@ def page(folders: Sequence[Results], drawn: Sequence[Chart], palette: Palette, a
     body += [_table(both, "h2")] if both else []
     for folder in folders:
         title = f"Tables: {escape(folder.name)}" if len(folders) > 1 else "Tables"
-        body.append(f"<h2>{title}</h2>{''.join(_table(table, 'h3') for table in tables(folder.rows))}")
+        shown = [_table(table, "h3") for table in tables(folder.rows)]
+        body += [f"<h2>{title}</h2>", *shown] if shown else []
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

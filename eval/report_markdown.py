@@ -28,6 +28,7 @@ def text(folders: Sequence[Results], drawn: Sequence[Chart], absent: str | None,
     both = compared(folders)
     lines += [both.markdown()] if both else []
     for folder in folders:
-        lines += [f"# {folder.name}: tables", ""] if len(folders) > 1 else []
-        lines += [table.markdown() for table in tables(folder.rows)]
+        shown = [table.markdown() for table in tables(folder.rows)]
+        lines += [f"# {folder.name}: tables", ""] if len(folders) > 1 and shown else []
+        lines += shown
     return "\n".join(lines)

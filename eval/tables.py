@@ -13,6 +13,7 @@ from rich.text import Text
 
 from specx.data.documents import length_name
 from specx.eval.acceptance import BUCKET
+from specx.eval.methods import ABLATION
 from specx.eval.metrics import acceptance_rates, efficiency, paired_bootstrap_tau, pooled_tau
 from specx.eval.summary import accepted, place_of, plain_rates
 
@@ -133,7 +134,8 @@ def position_tables(rows: list[Row], kind: str) -> list[Table]:
 def _became(rows: list[Row]) -> str:
     """Say which methods had to run under another policy than theirs."""
     found = {(row["method"], row["policy"]) for row in rows if row.get("policy") not in (None, "none")}
-    return "".join(f" {m} ran as {policy}." for m, policy in sorted(found) if m.split(":")[0] != policy)
+    asked = {method: ABLATION.get(method.split(":")[0], [method.split(":")[0]])[0] for method, _ in found}
+    return "".join(f" {m} ran as {policy}." for m, policy in sorted(found) if asked[m] != policy)
 
 
 def _difference(base: dict[Any, tuple[int, int]], mine: dict[Any, tuple[int, int]]) -> str:

@@ -16,7 +16,7 @@ from specx.config import LoadConfig, nearest
 from specx.progress import shown
 
 if TYPE_CHECKING:
-    from specx.eval.runner import Job
+    from specx.eval.planning import Job
 
 MEASURES = ("tau", "speed", "memory", "trace")
 METHODS = "ar,hf-assisted,hf-lookup,full,window,retrieval,auto"
@@ -25,7 +25,9 @@ METHODS = "ar,hf-assisted,hf-lookup,full,window,retrieval,auto"
 @click.command("eval")
 @model_options
 @click.option("--data", required=True, metavar="NAME|FILE|DIR", help="See below.")
-@click.option("--lengths", metavar="LIST", help="Prompt lengths in the target's tokens. Default: 512,2K,8K,16K.")
+@click.option(
+    "--lengths", metavar="LIST", help="Prompt lengths in the target's tokens. Default: by the data; else 512,2K,8K,16K."
+)
 @click.option("--samples", default=4, show_default=True, type=click.IntRange(1), help="Prompts a length, for speed.")
 @click.option("--runs", default=1, show_default=True, type=click.IntRange(1), help="Timings a prompt.")
 @click.option("--methods", default=METHODS, show_default=True, help="Also plain, all, and NAME:option=value:...")
@@ -114,17 +116,17 @@ def _prepared(given: dict[str, Any], measures: tuple[str, ...], out: Path) -> tu
     from specx.data.source import check_source, defaults_of, read_data
     from specx.eval.methods import ALL, check_draft, fitting, parse_methods  # first: it sets HF's best setting
 
-    lengths, new = defaults_of(given["data"])
-    lengths = lengths if given["lengths"] is None else given["lengths"]
-    new = given["max_new_tokens"] or new
-    contexts, specs = parse_lengths(lengths), parse_methods(given["methods"])
+    specs = parse_methods(given["methods"])
     if given["methods"].strip() != ALL:
         check_draft(specs, given["draft"] is not None or given["target"] is None)
+    contexts = parse_lengths(given["lengths"]) if given["lengths"] is not None else []
     check_source(given["data"])
+    lengths, new = defaults_of(given["data"])
+    new = given["max_new_tokens"] or new
     from transformers.utils import logging
 
     from specx.api import load
-    from specx.eval.runner import Job
+    from specx.eval.planning import Job
 
     loading = _loading(given)
     asked = [given[role] for role in ("target", "draft") if given[role] is not None]
@@ -134,7 +136,8 @@ def _prepared(given: dict[str, Any], measures: tuple[str, ...], out: Path) -> tu
     if model.tokenizer is None:
         raise ValueError(f"target {given['target']} has no tokenizer files; save its tokenizer in that directory")
     click.echo(f"reading {given['data']}", err=True)
-    seed = given["seed"] or 0
+    contexts = contexts or _fitted(parse_lengths(lengths), model, max(new, given["span_tokens"]))
+    lengths, seed = ",".join(map(str, contexts)), given["seed"] or 0
     data = read_data(given["data"], model.tokenizer, lengths, given["samples"], given["chat"], seed)
     if given["methods"].strip() == ALL:
         specs = fitting(specs, model)
@@ -145,6 +148,21 @@ def _prepared(given: dict[str, Any], measures: tuple[str, ...], out: Path) -> tu
         workers=given["workers"], ray=given["ray"], about=data.about, continues=data.continues,
     )  # fmt: skip
     return job, model, data.documents
+
+
+def _fitted(contexts: list[int], model: Any, new: int) -> list[int]:
+    """Return default lengths, the longest lowered to what the target has positions for."""
+    from specx.data.documents import length_name
+    from specx.hf_config import positions_of
+
+    most = positions_of(model.engine.config)
+    room = (most - new) // 512 * 512 if most is not None else contexts[-1]
+    if contexts[-1] <= room or room < 1:
+        return contexts
+    click.echo(
+        f"note: the target has {most} positions: prompts of {length_name(room)} instead of longer ones", err=True
+    )
+    return sorted({min(context, room) for context in contexts})
 
 
 def _loading(given: dict[str, Any]) -> dict[str, Any]:

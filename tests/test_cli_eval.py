@@ -100,6 +100,27 @@ class TestOutput:
         assert "note: tau walks along a text, and needle has none to continue; it is left out" in result.stderr
         assert {row["measure"] for row in rows_in(out)} == {"speed"}
 
+    def test_all_methods(self, disk, data, tmp_path):
+        options = ["--lengths", 64, "--samples", 1, "--max-new-tokens", 3, "--methods", "all", "--measure", "speed"]
+        result = invoke(*disk.pair, "--data", data, *options, "--runs", 2, "--draft-context", 64, "--out", tmp_path)
+        assert result.exit_code == 0, result.stderr
+        rows = rows_in(tmp_path)
+        names = ["ar", "ar-static", "hf-assisted", "hf-lookup", "plain", "tree", "tree+flash", "tree+hybrid",
+                 "tree+retrieval", "full", "window", "retrieval", "auto"]  # fmt: skip
+        assert [(row["run"], row["method"]) for row in rows] == [(run, name) for run in (0, 1) for name in names]
+        assert all(row["same"] for row in rows)
+        assert "ran as" not in result.stdout
+        assert "| 64 | tree+flash | 1 |" in (tmp_path / "summary.md").read_text()  # one prompt, timed twice
+
+    def test_lengths_by_default_are_those_of_the_data_and_fit_the_target(self, disk, tmp_path):
+        for label in ("32", "8K"):
+            (tmp_path / f"source_{label}.jsonl").write_text(json.dumps({"text": SOURCE}) + "\n")
+        options = ["--measure", "speed", "--methods", "plain", "--samples", 1, "--max-new-tokens", 2]
+        result = invoke("--target", disk.target, "--data", tmp_path, *options, "--out", tmp_path / "out")
+        assert result.exit_code == 0, result.stderr
+        assert "note: the target has 4096 positions: prompts of 3584 instead of longer ones" in result.stderr
+        assert [row["context"] for row in rows_in(tmp_path / "out")] == [32, 3584]
+
     def test_without_a_draft(self, disk, data, tmp_path):
         options = ["--measure", "speed", "--methods", "ar,plain", "--out", tmp_path]
         result = invoke("--target", disk.target, "--data", data, *SMALL, *options)
@@ -210,8 +231,9 @@ class TestMistakesFoundBeforeMeasuring:
     def test_labelled_files_without_a_length(self, disk, data, tmp_path):
         for label in ("64", "1K"):
             (tmp_path / f"source_{label}.jsonl").write_text(data.read_text())
-        error = fails(2, *disk.pair, "--data", tmp_path, *SMALL, "--measure", "speed", "--out", tmp_path / "out")
-        assert f"{tmp_path} has no file for length 128; its files have --lengths 64,1K" in error
+        options = [*disk.pair, "--data", tmp_path, *SMALL, "--measure", "speed", "--out", tmp_path / "out"]
+        error = fails(2, *options, "--lengths", "64,2K")
+        assert f"{tmp_path} has no file for length 2K; its files have --lengths 64,1K" in error
 
     def test_no_tokenizer(self, disk, data):
         error = fails(2, "--target", disk.no_tokenizer, "--methods", "ar", "--data", data)

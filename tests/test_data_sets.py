@@ -304,6 +304,11 @@ class TestNeedle:
 
 def test_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text("")
     assert defaults_of("stdlib") == defaults_of("x.jsonl") == ("512,2K,8K,16K", 128)
+    for name in ("a_1K", "a_512", "b_512"):
+        (tmp_path / "labelled").mkdir(exist_ok=True)
+        (tmp_path / "labelled" / f"{name}.jsonl").write_text("")
+    assert defaults_of("labelled") == ("512,1K", 128)
     assert defaults_of("aime24")[1] > 1000
     assert set(source.NAMES) == {"stdlib", "needle", *sets.DATA_SETS}

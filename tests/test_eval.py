@@ -16,12 +16,12 @@ from rich.console import Console
 from specx.acceptance import walk
 from specx.config import Settings
 from specx.data.documents import Document
-from specx.eval import acceptance, facts, hits, memory, runner, speed, workbench
+from specx.eval import acceptance, facts, hits, memory, planning, runner, speed, workbench
 from specx.eval.acceptance import AlongText
 from specx.eval.chosen import Prompt
 from specx.eval.methods import ABLATION, KNOWN, Run, build, fitting, huggingface, options_of, parse_methods
 from specx.eval.metrics import paired_bootstrap_tau
-from specx.eval.runner import Job
+from specx.eval.planning import Job
 from specx.eval.spans import Span
 from specx.eval.tables import markdown, memory_table, speed_table, tables, tau_tables
 from specx.hf import HFModel
@@ -587,7 +587,7 @@ class TestPrompts:
             for row, size in enumerate(sizes, 1)
         ]
         job = replace(job, measures=("speed",))
-        prompts = runner.chosen_prompts(job, documents, print)
+        prompts = planning.chosen_prompts(job, documents, print)
         assert [(prompt.name, prompt.context, len(prompt.ids)) for prompt in prompts] == [
             ("x_100.jsonl:1", 100, 100),
             ("x_100.jsonl:2", 100, 90),
@@ -599,7 +599,7 @@ class TestPrompts:
 
     def test_unlabelled_documents_give_nested_prompts(self, job):
         documents = documents_of(900, 150, 700)
-        prompts = runner.chosen_prompts(replace(job, measures=("memory",), samples=3), documents, print)
+        prompts = planning.chosen_prompts(replace(job, measures=("memory",), samples=3), documents, print)
         assert [prompt.context for prompt in prompts] == [100] * 3 + [200] * 3
         whole = {document.name: document.ids for document in documents}
         for short, long in zip(prompts[:3], prompts[3:], strict=True):
@@ -611,7 +611,7 @@ class TestPrompts:
         assert len({prompt.name for prompt in prompts}) == 3
 
     def test_are_not_sought_where_only_tau_is_asked_for(self, job):
-        assert runner.chosen_prompts(replace(job, measures=("tau",)), documents_of(500, label=512), print) == []
+        assert planning.chosen_prompts(replace(job, measures=("tau",)), documents_of(500, label=512), print) == []
 
 
 def test_tau_by_position_counts_every_round_once(tiny_pair, monkeypatch):

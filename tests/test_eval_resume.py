@@ -133,18 +133,7 @@ class TestKilled:
 
 
 class TestWorkers:
-    def test_rows_are_those_of_one(self, disk, data, tmp_path, unbroken):
-        options = [*disk.pair, "--data", data, *SMALL, *METHODS, "--workers", 2]
-        result = invoke(*options, "--out", tmp_path)
-        assert result.exit_code == 0, result.stderr
-        assert "2 workers measure at the same time" in result.stderr
-        assert rows_in(tmp_path) == rows_in(unbroken)
-        assert summary_in(tmp_path) == summary_in(unbroken)
-        rows = read_ledger(tmp_path / "rows.jsonl")
-        assert {row["shared"] for row in rows} == {2}
-        assert "not timings of a quiet machine" in (tmp_path / "summary.md").read_text()
-
-    def test_a_lost_workers_sample_is_run_again(self, disk, data, tmp_path, unbroken, monkeypatch):
+    def test_rows_are_those_of_one_though_a_worker_is_lost(self, disk, data, tmp_path, unbroken, monkeypatch):
         """The first worker dies as soon as it was given work."""
         real, victims = pool._asked, []
 
@@ -160,8 +149,11 @@ class TestWorkers:
         assert result.exit_code == 0, result.stderr
         assert "note: 1 workers were lost; what they had in hand was measured again" in result.stderr
         assert len(victims) == 1
+        assert "2 workers measure at the same time" in result.stderr
         assert rows_in(tmp_path) == rows_in(unbroken)
         assert summary_in(tmp_path) == summary_in(unbroken)
+        assert {row["shared"] for row in read_ledger(tmp_path / "rows.jsonl")} == {2}
+        assert "not timings of a quiet machine" in (tmp_path / "summary.md").read_text()
 
     def test_a_unit_that_ends_every_worker_ends_the_run(self, monkeypatch):
         dying = [sys.executable, "-c", "import sys; sys.stdin.readline(); sys.exit(7)"]
