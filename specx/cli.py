@@ -15,6 +15,7 @@ from specx.cli_bench import bench
 from specx.cli_eval import evaluate
 from specx.cli_options import DEBUG, GENERATION, model_options, options_of
 from specx.cli_retrofit import retrofit_check
+from specx.cli_train import train
 from specx.config import LoadConfig
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def models() -> None:
 main.add_command(evaluate)
 main.add_command(bench)
 main.add_command(retrofit_check)
+main.add_command(train)
 
 
 @main.command()
