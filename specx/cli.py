@@ -16,6 +16,7 @@ from specx.cli_eval import evaluate
 from specx.cli_options import DEBUG, GENERATION, model_options, options_of
 from specx.cli_report import report as report_command
 from specx.cli_retrofit import retrofit_check
+from specx.cli_train import train
 from specx.cli_tune import tune
 from specx.config import LoadConfig
 
@@ -197,6 +198,7 @@ main.add_command(report_command)
 main.add_command(bench)
 main.add_command(retrofit_check)
 main.add_command(tune)
+main.add_command(train)
 
 
 @main.command()

@@ -30,7 +30,7 @@ LAYERS = [
     {"api"},
     {"doctor", "retrofit_check", "training", "eval"},
     {
-        *("cli", "cli_bench", "cli_eval", "cli_options", "cli_report", "cli_retrofit", "cli_tune"),
+        *("cli", "cli_bench", "cli_eval", "cli_options", "cli_report", "cli_retrofit", "cli_train", "cli_tune"),
         *("output", "progress", "__main__"),
     },
 ]
@@ -178,6 +178,7 @@ def test_importing_specx_imports_no_torch():
         ["retrofit-check", "--help"],
         ["eval", "--help"],
         ["report", "--help"],
+        ["train", "longspec", "--help"],
         ["models"],
     ],
     ids=" ".join,

@@ -16,11 +16,11 @@ from specx.training.eagle import TrainableHead, head_config
 TOKENS = torch.randint(1, 60, (14,), generator=torch.Generator().manual_seed(0))
 
 
-def made(version, tmp_path):
+def made(version, tmp_path, vocabulary=None):
     """A head in training and, from its saved state dict, as a draft; what the target says of the tokens."""
     target = tiny_target()
     torch.manual_seed(1)
-    head = TrainableHead(version, target, 80)
+    head = TrainableHead(version, target, 80, vocabulary)
     tensors = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     folder = save(tmp_path / version, head_config(head, 1024), tensors, "model.safetensors")
     engine = HFModel(target)
@@ -59,6 +59,22 @@ def test_eagle3_is_trained_on_what_a_chain_computes(unrolled, tmp_path):
     losses = [F.cross_entropy(logits, wanted[step:]) for step, (_, logits) in enumerate(steps)]
     truth = sum(0.8**step * each for step, each in enumerate(losses)) / sum(0.8**step for step in range(unrolled))
     torch.testing.assert_close(head.loss(TOKENS[None]), truth, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_vocabulary_of_its_own(tmp_path):
+    """It learns the target's distribution over its own tokens, and nothing where the target says another one."""
+    vocabulary = torch.arange(0, 64, 2)
+    head, model, states, wanted = made("eagle3", tmp_path, vocabulary)
+    counts = torch.isin(wanted.argmax(-1), vocabulary).float()
+    assert 0 < counts.mean() < 1
+    own = wanted[:, vocabulary] / wanted[:, vocabulary].sum(-1, keepdim=True)
+    steps = steps_of(model, states, 3)
+    rows = [F.cross_entropy(logits, own[step:], reduction="none") for step, (_, logits) in enumerate(steps)]
+    losses = [(each * counts[step:]).mean() for step, each in enumerate(rows)]
+    truth = sum(0.8**step * each for step, each in enumerate(losses)) / sum(0.8**step for step in range(3))
+    torch.testing.assert_close(head.loss(TOKENS[None]), truth, atol=1e-5, rtol=1e-5)
+    assert set(model.vocabulary.tolist()) == set(vocabulary.tolist())
 
 
 @torch.no_grad()

@@ -173,8 +173,8 @@ def train(
 ) -> Any:
     """Train one model, resuming where it was left; losses go to `folder/log.jsonl`."""
     task = task_of(recipes[0], teacher).to(device)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu")
-    loop = Loop(task, optimizers_of(task.model), folder, accelerator, save_seconds=SAVE_SECONDS)
+    accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
+    loop = Loop(task, optimizers_of(task.model), folder, accelerator, bf16=True, save_seconds=SAVE_SECONDS)
     for run, recipe in list(enumerate(recipes))[loop.progress.run :]:
         if run > loop.progress.run:
             for layer in task.model.model.layers if recipe.sharpen != 1 else ():

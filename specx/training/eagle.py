@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from specx.adapters.eagle_rope import rope_options, rotation
 
@@ -22,25 +22,33 @@ class TrainableHead(nn.Module):
         version: "eagle1" or "eagle3".
         target: The finished target; gives embeddings, features and, to EAGLE-1, its LM head.
         intermediate: Width of the head's MLP.
-
-    Attributes:
-        unrolled: Steps of EAGLE-3's training-time test: the first one reads the target's features, the others what the
-            head itself gave.
+        vocabulary: Ascending ids of the tokens that an EAGLE-3 head can draft; None: all.
+        unrolled: Steps of EAGLE-3's training-time test; the first one reads the target's
+            features, the others what the head itself gave.
     """
 
-    unrolled = 3
+    d2t: Tensor
+    t2d: Tensor
 
-    def __init__(self, version: str, target: LlamaForCausalLM, intermediate: int) -> None:
+    def __init__(
+        self,
+        version: str,
+        target: PreTrainedModel,
+        intermediate: int,
+        vocabulary: Tensor | None = None,
+        unrolled: int = 3,
+    ) -> None:
         super().__init__()
-        config, self.version = target.config, version
-        self.target_of = [target]  # in a list, so that it is no part of this module
-        hidden, self.head_dim = config.hidden_size, config.head_dim
+        config, self.version, self.unrolled = target.config.get_text_config(decoder=True), version, unrolled
+        self.target_of: list[Any] = [target]  # in a list, so that it is no part of this module
+        hidden = config.hidden_size
+        self.head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         third = version == "eagle3"
         read = 2 * hidden if third else hidden
         self.fc = nn.Linear((3 if third else 2) * hidden, hidden, bias=not third)
-        rows = {"q_proj": self.heads, "k_proj": self.groups, "v_proj": self.groups}
-        attention = {name: nn.Linear(read, count * self.head_dim, bias=False) for name, count in rows.items()}
+        counts = {"q_proj": self.heads, "k_proj": self.groups, "v_proj": self.groups}
+        attention = {name: nn.Linear(read, count * self.head_dim, bias=False) for name, count in counts.items()}
         attention["o_proj"] = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
         wide, norms = intermediate, ["post_attention_layernorm", *(["hidden_norm", "input_layernorm"] if third else [])]
         mlp = {name: nn.Linear(hidden, wide, bias=False) for name in ("gate_proj", "up_proj")}
@@ -50,8 +58,13 @@ class TrainableHead(nn.Module):
         layer = nn.ModuleDict(parts)
         if third:
             self.midlayer, self.norm = layer, nn.RMSNorm(hidden, eps=config.rms_norm_eps)
-            self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
-            self.lm_head.weight.data.copy_(target.lm_head.weight)
+            own: Any = target.get_output_embeddings()
+            rows = own.weight if vocabulary is None else own.weight[vocabulary.to(own.weight.device)]
+            self.lm_head = nn.Linear(hidden, len(rows), bias=False)
+            self.lm_head.weight.data.copy_(rows)
+            if vocabulary is not None:
+                self.register_buffer("d2t", vocabulary - torch.arange(len(vocabulary)))
+                self.register_buffer("t2d", torch.isin(torch.arange(config.vocab_size), vocabulary))
         else:
             self.layers = nn.ModuleList([layer])
         self._layer: list[Any] = [layer]
@@ -63,10 +76,10 @@ class TrainableHead(nn.Module):
     def watch(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the head reads of the target, [B, T, sources * hidden], and the target's logits [B, T, V]."""
         target = self.target_of[0]
-        out = target.model(tokens, use_cache=False, output_hidden_states=bool(self.taps))
+        out = target.get_decoder()(tokens, use_cache=False, output_hidden_states=bool(self.taps))
         last = out.last_hidden_state
         read = torch.cat([out.hidden_states[layer + 1] for layer in self.taps], -1) if self.taps else last
-        return read, target.lm_head(last)
+        return self._cast(read), target.get_output_embeddings()(last)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the loss on tokens [B, T]: cross entropy against the target's next distribution, over the steps.
@@ -74,12 +87,13 @@ class TrainableHead(nn.Module):
         EAGLE-1 adds, ten times heavier, the distance of its output to the target's next feature.
         """
         read, logits = self.watch(tokens[:, :-1])
-        embeds = self.target_of[0].model.embed_tokens(tokens[:, 1:-1])  # of token i + 1
-        wanted = logits[:, 1:].float().softmax(-1)  # of token i + 2
+        embeds = self._cast(self.target_of[0].get_input_embeddings()(tokens[:, 1:-1]))  # of token i + 1
+        wanted, counts = self._wanted(logits[:, 1:].float())  # of token i + 2
         if self.version == "eagle1":
             noisy = read[:, :-1] + (torch.rand_like(read[:, :-1]) - 0.5) * NOISE
             hidden, _ = self._step(self.fc(torch.cat([embeds, noisy], -1)), None, [])
-            guess = self.target_of[0].lm_head(hidden).float()
+            lm_head = self.target_of[0].get_output_embeddings()
+            guess = lm_head(hidden.to(lm_head.weight.dtype)).float()
             near = F.smooth_l1_loss(hidden.float(), read[:, 1:].float())
             return near + 0.1 * F.cross_entropy(guess.flatten(0, 1), wanted.flatten(0, 1))
         states, total = self.fc(read[:, :-1]), torch.zeros((), device=tokens.device)
@@ -90,10 +104,24 @@ class TrainableHead(nn.Module):
             hidden, kept = self._step(entry, states, past)
             past.append(kept)
             guess = self.lm_head(self.norm(hidden)).float()
-            each = F.cross_entropy(guess[:, step:].flatten(0, 1), wanted[:, step:].flatten(0, 1))
-            total = total + 0.8**step * each
+            each = F.cross_entropy(guess[:, step:].flatten(0, 1), wanted[:, step:].flatten(0, 1), reduction="none")
+            total = total + 0.8**step * (each if counts is None else each * counts[:, step:].flatten()).mean()
             states = torch.cat([states[:, :1], hidden[:, :-1]], 1)  # the head's own output stands in for the feature
         return total / sum(0.8**step for step in range(self.unrolled))
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """Let what a target of another dtype gives fit the head's weights; autocast does that by itself."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.fc.weight.dtype)
+
+    def _wanted(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the distribution to learn, [B, T, columns], and which rows count, [B, T]; None: all.
+
+        Where the target's own token is not in the draft's vocabulary nothing can be learnt.
+        """
+        if self.version != "eagle3" or "d2t" not in self._buffers:
+            return logits.softmax(-1), None
+        ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        return logits[..., ids].softmax(-1), self.t2d[logits.argmax(-1)].float()
 
     def _step(
         self, entry: Tensor, residual: Tensor | None, past: list[tuple[Tensor, Tensor]]
@@ -137,7 +165,7 @@ def _back(rows: Tensor, places: int) -> Tensor:
 
 def head_config(head: TrainableHead, positions: int) -> dict[str, Any]:
     """Return config.json as the head's authors' own training saves it."""
-    config = head.target_of[0].config
+    config = head.target_of[0].config.get_text_config(decoder=True)
     shape = {
         "hidden_size": config.hidden_size,
         "intermediate_size": head._layer[0]["mlp"]["up_proj"].out_features,
@@ -147,6 +175,6 @@ def head_config(head: TrainableHead, positions: int) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "rms_norm_eps": config.rms_norm_eps,
     }
-    extra = {"draft_vocab_size": config.vocab_size} if head.version == "eagle3" else {}
+    extra = {"draft_vocab_size": head.lm_head.out_features} if head.version == "eagle3" else {}
     kind = {"architectures": ["LlamaForCausalLMEagle3" if extra else "LlamaForCausalLM"], "model_type": "llama"}
     return kind | shape | extra | {"num_hidden_layers": 1, "hidden_act": "silu", "max_position_embeddings": positions}

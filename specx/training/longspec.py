@@ -18,7 +18,7 @@ from specx.adapters.longspec_block import WINDOW, LongSpecBlock
 from specx.adapters.longspec_checkpoints import BlockFormat
 from specx.adapters.longspec_loader import check_fit
 from specx.hf import HFModel
-from specx.training.loss import cross_entropy
+from specx.training.loss import cross_entropy, target_head
 
 SINKS = 4  # of the first tokens, up to so many keep their places where the others are shifted
 MAX_OFFSET = 30000
@@ -130,13 +130,14 @@ class LongSpecTask(nn.Module):
             return F.pad(out, (0, 0, lag, 0))
 
         hidden = self.block(x, tables, self._own, cross).flatten(0, 1)
+        # The draft's own logits are what the adapter computes: no softcap. The target's are what it says.
         columns = lm_head.weight.shape[0]
 
         def head(hidden: Tensor) -> Tensor:
             return lm_head(hidden.to(lm_head.weight.dtype))
 
         if self.how.distill:
-            return cross_entropy(hidden, head, last.flatten(0, 1), columns, head)
+            return cross_entropy(hidden, head, last.flatten(0, 1), columns, target_head(target))
         return cross_entropy(hidden, head, ids[:, 1:].flatten(), columns)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ What is learnt is the task's business (`task(*inputs)` is the loss), what from, 
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich import progress as bars
+from rich.console import Console
 from torch import Tensor, nn
 
 from specx.training.state import Progress, load_state, save_state
@@ -75,6 +77,7 @@ class Loop:
         folder: Takes states and `log.jsonl`.
         accelerator: Says which process this is.
         rows: Windows a forward; None: all that a process has.
+        bf16: Compute in it where autocast does; weights stay as they are.
         clip: Norm that gradients are cut to.
         save_seconds: Between two states.
     """
@@ -86,18 +89,17 @@ class Loop:
         folder: Path,
         accelerator: Accelerator,
         rows: int | None = None,
+        bf16: bool = False,
         clip: float = 1.0,
         save_seconds: float = 300.0,
     ) -> None:
-        self.accelerator, self.folder, self.rows = accelerator, folder, rows
+        self.accelerator, self.folder, self.rows, self.bf16 = accelerator, folder, rows, bf16
         self.clip, self.save_seconds = clip, save_seconds
         folder.mkdir(parents=True, exist_ok=True)
         self.progress = load_state(folder / "states", task, optimizers, accelerator.device)
         self.task, self.optimizers = task, list(optimizers)
         self._prepared: Any = accelerator.prepare(task)
         self._steppers = [accelerator.prepare(each) for each in optimizers]
-        if accelerator.scaler is not None and self.progress.scaler:
-            accelerator.scaler.load_state_dict(self.progress.scaler)
 
     def run(
         self,
@@ -166,7 +168,8 @@ class Loop:
             some = [each[first : first + size].to(self.accelerator.device) for each in parts]
             waits = first + size < count  # gradients travel once a step
             with self.accelerator.no_sync(self._prepared) if waits else nullcontext():
-                loss = self._prepared(*some, *batch.shared) * (len(some[0]) / count)
+                with torch.autocast(self.accelerator.device.type, torch.bfloat16, self.bf16):
+                    loss = self._prepared(*some, *batch.shared) * (len(some[0]) / count)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -183,8 +186,6 @@ class Loop:
     def save(self) -> None:
         """Write a state."""
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            self.progress.scaler = None if scaler is None else scaler.state_dict()
             save_state(self.folder / "states", self.task, self.optimizers, self.progress)
 
     @contextmanager
@@ -213,7 +214,9 @@ class Loop:
             bars.TextColumn("{task.percentage:.1f}%"),
             bars.TimeRemainingColumn(),
         )
-        with bars.Progress(*columns, disable=not self.accelerator.is_main_process) as shown:
+        with bars.Progress(
+            *columns, console=Console(stderr=True), disable=not self.accelerator.is_main_process
+        ) as shown:
             bar = shown.add_task(name, total=course.total, completed=self.progress.tokens)
             yield lambda row: shown.update(
                 bar, completed=row["tokens"], description=f"{name} step {row['step']} loss {row['loss']:.3f}"
@@ -235,6 +238,9 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 def _ends_between_steps() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM, which end a run behind the step that they come in; a second one ends it at once."""
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield asked
+        return
 
     def note(number: int, frame: Any) -> None:
         if asked:

@@ -1,11 +1,13 @@
 """Losses over large vocabularies: logits exist for a slice of the rows at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 Head = Callable[[Tensor], Tensor]
 _ELEMENTS = 1 << 25  # logits that exist at once
@@ -37,3 +39,15 @@ def cross_entropy(hidden: Tensor, head: Head, wanted: Tensor, columns: int, teac
         total = total + (checkpoint(part, some, own, use_reentrant=False) if many else part(some, own))
     count = len(hidden) if teacher is not None else (wanted != -100).sum()
     return total / count
+
+
+def target_head(model: PreTrainedModel) -> Head:
+    """Return a model's LM head as a function of what it reads, of any dtype; its softcap, where it has one, applied."""
+    head: Any = model.get_output_embeddings()
+    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = head(hidden.to(head.weight.dtype))
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    return logits

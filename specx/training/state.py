@@ -22,20 +22,19 @@ class Progress:
     Attributes:
         run: Number of the run; later ones go on from the weights of the one before.
         step, tokens: Done in this run.
-        scaler: Of half precision's gradients, if they are scaled.
     """
 
     run: int = 0
     step: int = 0
     tokens: int = 0
-    scaler: dict[str, Any] | None = None
 
 
 def save_state(folder: Path, model: nn.Module, optimizers: Sequence[Any], progress: Progress) -> None:
     """Write a state as a folder of safetensors below `folder`. A process killed meanwhile leaves the one before."""
     name = f"run-{progress.run}-step-{progress.step:08}"
     partial = folder / f"{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in folder.glob("*.partial"):
+        shutil.rmtree(stale)
     partial.mkdir(parents=True)
     save_model(model, str(partial / "model.safetensors"))
     for number, optimizer in enumerate(optimizers):
