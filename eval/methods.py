@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from specx.api import SpeculativeModel
-from specx.config import CacheConfig, TreeConfig, nearest
+from specx.config import CacheConfig, RoundConfig, TreeConfig, nearest
 
 HF_METHODS: dict[str, dict[str, Any]] = {
     "ar": {},
@@ -30,7 +30,12 @@ HF_METHODS: dict[str, dict[str, Any]] = {
 POLICIES = ("full", "window", "retrieval", "auto")
 KNOWN = ("ar", "hf-assisted", "hf-lookup", "plain", *POLICIES)
 # What a method may set for itself; sampling and length are the same for all, or outputs could not be compared.
-OPTIONS = tuple(each.name for config in (CacheConfig, TreeConfig) for each in fields(config) if each.name != "policy")
+OPTIONS = tuple(
+    each.name for config in (CacheConfig, TreeConfig, RoundConfig) for each in fields(config) if each.name != "policy"
+)
+
+# A policy by itself is the draft alone with its whole tree in every round; options add to it.
+_FIXED = {"lookup": False, "controller": "off"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,7 @@ def build(specs: list[Spec], model: SpeculativeModel) -> dict[str, Method]:
 
 def options_of(spec: Spec) -> dict[str, Any]:
     """Return what `generate` takes to run a method of ours."""
-    return {"plain": True} if spec.name == "plain" else {"policy": spec.name, **spec.options}
+    return {"plain": True} if spec.name == "plain" else {"policy": spec.name} | _FIXED | spec.options
 
 
 def _small(model: SpeculativeModel) -> Any:

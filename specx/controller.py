@@ -1,21 +1,348 @@
-"""What each round may spend. A fixed plan; `decoding` asks again before every tree."""
+"""What each round may spend; `decoding` asks before every tree.
 
+The choice is by expected tokens a millisecond: what the context offers is known before the round, what the draft is
+worth is measured by depth (`DraftWorth`), and so is what each shape of round costs (`step_costs.StepCosts`). No choice
+changes the output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from specx.branches import Branches, Calibration, Origin
 from specx.config import TreeConfig
+from specx.static import BUCKETS
+from specx.step_costs import PLAIN, Shape, StepCosts
 from specx.tree import Plan
+
+_STAY = 1.05  # how much better the other choice, with or without the draft, must be
+_SAME = 1.02  # the same among shapes of the draft's tree
+_VISIT = 8  # rounds over which the cost of catching up is spread
+_PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
+_PROBE_EVERY, _PROBE_AT_MOST = 8, 256  # tokens between two probes, doubled after each that fails
+_PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
+_FED_ANYWAY = 8  # waiting tokens that cost no more than one
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What came of a round.
+
+    Attributes:
+        plan: What it was allowed.
+        nodes: Of the tree that was verified.
+        path: Origins of the accepted nodes, root left out.
+        emitted: Tokens.
+        ms: All of it, but for `refresh_ms`, that of rebuilding the draft's cache.
+        context: Tokens before it.
+        waiting: Tokens that waited for the draft, root included.
+        drafts: Whether there is a draft model.
+    """
+
+    plan: Plan
+    nodes: int
+    path: Sequence[int]
+    emitted: int
+    ms: float
+    refresh_ms: float
+    context: int
+    waiting: int
+    drafts: bool
+
+
+class Controller(Protocol):
+    """Plans rounds."""
+
+    def plan(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Plan:
+        """Return the plan of the next round.
+
+        Args:
+            remaining: Tokens still wanted.
+            offer: What the context offers for it.
+            context: Tokens so far.
+            waiting: Tokens that the draft has not seen, root included.
+        """
+        ...
+
+    def learn(self, done: Round) -> str:
+        """Take note of what came of it; return its mode: plain, lookup, chain, tree or probe."""
+        ...
 
 
 class FixedController:
     """Always the configured tree.
 
     Args:
-        tree: Its size; None: no draft, one node a round.
+        tree: Its size; None: nothing drafts, one node a round.
+        scale: Of both sources, where the context drafts.
     """
 
-    def __init__(self, tree: TreeConfig | None) -> None:
+    def __init__(self, tree: TreeConfig | None, scale: Calibration | None = None) -> None:
         self._plan = Plan(1, 0, 1)
         if tree is not None:
-            self._plan = Plan(tree.nodes, tree.depth, tree.beam, tree.tree_threshold)
+            self._plan = Plan(tree.nodes, tree.depth, tree.beam, tree.tree_threshold, scale=scale)
 
-    def plan(self, remaining: int) -> Plan:
-        """Return the plan of the next round, `remaining` being the tokens still wanted."""
-        return self._plan.within(remaining)
+    def plan(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Plan:
+        """Return the configured plan."""
+        return self._plan.within(remaining, offer)
+
+    def learn(self, done: Round) -> str:
+        """Learn nothing; return how the round was drafted."""
+        if done.plan.nodes == 1 or done.nodes == 1:
+            return "plain"
+        if not done.drafts:
+            return "lookup"
+        return "chain" if done.plan.beam == 1 else "tree"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One thing that a round may do, and what is expected of it."""
+
+    plan: Plan
+    shape: Shape
+    tokens: float
+    ms: float
+
+    @property
+    def mode(self) -> str:
+        """plain, lookup, chain or tree."""
+        if self.shape.levels:
+            return "chain" if self.plan.beam == 1 else "tree"
+        return "lookup" if self.plan.nodes > 1 else "plain"
+
+    @property
+    def rate(self) -> float:
+        """Expected tokens a millisecond."""
+        return self.tokens / self.ms
+
+    def __str__(self) -> str:
+        size = f" {self.plan.nodes} nodes" if self.plan.nodes > 1 else ""
+        levels = f" {self.shape.levels} levels" if self.shape.levels else ""
+        return f"{self.mode}{size}{levels} ({self.tokens:.2f} tokens in {self.ms:.2f} ms)"
+
+
+class DraftWorth:
+    """How deep the draft's trees are accepted where the context does not lead: by family of shapes, and by depth.
+
+    Old rounds fade. From one tree it can be told what a smaller one, or a chain, would have given.
+    """
+
+    _GUESS, _WEIGHT, _FADE = 0.75, 3.0, 0.9
+
+    def __init__(self, families: Sequence[tuple[int, int]], levels: int) -> None:
+        """Args: families: (nodes, beam); levels: of the deepest tree."""
+        guesses = {family: self._GUESS if family[1] > 1 else self._GUESS - 0.15 for family in families}
+        self._right = {family: [guess * self._WEIGHT] * levels for family, guess in guesses.items()}
+        self._tried = {family: [self._WEIGHT] * levels for family in families}
+
+    def tokens(self, family: tuple[int, int], levels: int) -> float:
+        """Return the expected number of accepted tokens."""
+        total, reach = 0.0, 1.0
+        pairs = zip(self._right[family], self._tried[family], strict=True)
+        for _, (right, tried) in zip(range(levels), pairs, strict=False):
+            reach *= right / tried
+            total += reach
+        return total
+
+    def learn(self, plan: Plan, path: Sequence[int]) -> None:
+        """Count a round that asked the draft; `path` holds the origins of the accepted nodes."""
+        found = [Origin.read(code) for code in path]
+        if found and found[0].match:
+            return  # the context led
+        levels = plan.depth + 1
+        for family in self._right:
+            nodes, beam = family
+            reached = 0
+            for origin in found:
+                if origin.bucket is None or origin.rank >= nodes or (beam == 1 and not origin.draft_first):
+                    break
+                reached += 1
+            asked = nodes <= plan.nodes and beam <= plan.beam
+            self._count(family, reached, levels, 1.0 if asked else 0.5)
+
+    def forget(self, tokens: int) -> None:
+        """Let what was measured `tokens` tokens ago weigh less."""
+        for family, tried in self._tried.items():
+            for depth, count in enumerate(tried):
+                less = max(1.0, count * 0.5 ** (tokens / 64), min(count, self._WEIGHT)) / count
+                tried[depth] *= less
+                self._right[family][depth] *= less
+
+    def _count(self, family: tuple[int, int], reached: int, levels: int, weight: float) -> None:
+        """Count depths up to the first that was not reached; of a larger tree than was tried, failures count half."""
+        right, tried = self._right[family], self._tried[family]
+        for depth in range(min(reached + 1, levels, len(right))):
+            success = depth < reached
+            share = 1.0 if success else weight
+            right[depth] = right[depth] * self._FADE + share * success
+            tried[depth] = tried[depth] * self._FADE + share
+
+
+class AutoController:
+    """Chooses each round's plan by expected tokens a millisecond.
+
+    Args:
+        tree: The largest tree.
+        scale: Of both sources.
+        costs: What rounds cost; goes on learning.
+        drafts: Whether there is a draft model.
+        explain: Told each decision that differs in kind from the one before, in words; None: nobody is.
+
+    Attributes:
+        mode: Of the last plan: plain, lookup, chain, tree, or probe.
+    """
+
+    def __init__(
+        self, tree: TreeConfig, scale: Calibration, costs: StepCosts, drafts: bool, explain: list[str] | None = None
+    ) -> None:
+        self.tree, self.scale, self.costs, self.explain = tree, scale, costs, explain
+        self.mode = "plain"
+        self._shapes = list(_draft_shapes(tree)) if drafts else []
+        families = list(dict.fromkeys((plan.nodes, plan.beam) for plan in self._shapes))
+        self.worth = DraftWorth(families, tree.depth + 1)
+        self._last: Choice | None = None
+        self._drafting, self._since_draft = True, 0
+        self._probe_every, self._since_probe = _PROBE_EVERY, 0
+        self._spent = self._elapsed = 0.0
+        self._context = 0
+        self._plain_every, self._since_plain = _PLAIN_EVERY, 0
+
+    def plan(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Plan:
+        """Return the most promising plan, or one that finds something out."""
+        self._context = context
+        if remaining <= 1 or self.tree.nodes == 1:
+            return self._decide(self._plain(context), "no token beyond it is wanted", "plain")
+        free = self._without_draft(offer, context)
+        if not self._shapes:
+            return self._decide(free, "the best without a draft", free.mode)
+        drafted = self._with_draft(remaining, offer, context, waiting)
+        if self._wants_plain():
+            return self._decide(self._plain(context), "to know what a plain step costs", "plain")
+        margin = _STAY if self._drafting else 1 / _STAY
+        if drafted.rate * margin > free.rate:
+            return self._decide(drafted, f"better than {free}", drafted.mode)
+        probe = self._probe(remaining, offer, context, waiting)
+        if probe is not None and free.plan.nodes == 1:
+            return self._decide(probe, f"to see whether the draft pays again; otherwise {free}", "probe")
+        return self._decide(free, f"better than {drafted}", free.mode)
+
+    def learn(self, done: Round) -> str:
+        """Take note of cost and acceptance."""
+        self._note(done)
+        return self.mode
+
+    def _note(self, done: Round) -> None:
+        choice, costs = self._last, self.costs
+        assert choice is not None
+        self._elapsed += done.ms + done.refresh_ms
+        self._since_plain = 0 if choice.shape == PLAIN else self._since_plain + 1
+        shape = replace(choice.shape, nodes=bucket(done.nodes) if not choice.shape.levels else choice.shape.nodes)
+        if not choice.shape.levels:
+            costs.add(shape, done.context, done.ms)
+            self._since_draft += done.emitted
+            self._since_probe += done.emitted
+            return
+        late = done.waiting - _FED_ANYWAY
+        if late > 0:
+            usual = costs.ms(shape, done.context)
+            if costs.known(shape):
+                costs.add_catch_up(late, done.ms + done.refresh_ms - usual)
+        else:
+            costs.add(shape, done.context, done.ms)
+            costs.add_refresh(done.refresh_ms)
+        if self._since_draft:
+            self.worth.forget(self._since_draft)
+            self._since_draft = 0
+        self.worth.learn(choice.plan, done.path)
+        if self.mode == "probe":
+            self._after_probe(done)
+        else:
+            self._probe_every, self._since_probe = _PROBE_EVERY, 0
+
+    def _after_probe(self, done: Round) -> None:
+        plain = self.costs.ms(PLAIN, done.context)
+        self._spent = max(0.0, self._spent + done.ms + done.refresh_ms - done.emitted * plain)
+        self._since_probe = 0
+        self._probe_every = 0 if done.path else min(max(2 * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
+
+    def _decide(self, choice: Choice, why: str, mode: str) -> Plan:
+        if self.explain is not None and (mode != self.mode or self._last is None):
+            self.explain.append(f"after {self._context} tokens {mode}: {choice}; {why}")
+        self.mode, self._last = mode, choice
+        drafting = bool(choice.shape.levels) and mode != "probe"
+        if drafting and not self._drafting:
+            self._plain_every = _PLAIN_EVERY
+        self._drafting = drafting
+        return choice.plan
+
+    def _wants_plain(self) -> bool:
+        """Tell whether a plain step is to be timed: at first until it is known, then ever more rarely."""
+        if not self.costs.known(PLAIN):
+            return True
+        if self._since_plain < self._plain_every:
+            return False
+        self._plain_every = min(2 * self._plain_every, _PLAIN_AT_MOST)
+        return True
+
+    def _plain(self, context: int) -> Choice:
+        return Choice(Plan(1, 0, 1, draft=False), PLAIN, 1.0, self.costs.ms(PLAIN, context))
+
+    def _without_draft(self, offer: Branches | None, context: int) -> Choice:
+        """Return the best number of the offered nodes, possibly none."""
+        best, count, limit = self._plain(context), 0, len(offer) if offer else 0
+        for size in BUCKETS[1:]:
+            if count == limit or offer is None:
+                break
+            nodes = min(size, self.tree.nodes)
+            count = min(nodes - 1, limit)
+            tokens, ms = 1 + offer.expected(count), self.costs.ms(Shape(0, bucket(nodes)), context)
+            if tokens / ms > best.rate:
+                best = Choice(Plan(count + 1, 0, 1, draft=False, branches=offer), Shape(0, bucket(nodes)), tokens, ms)
+        return best
+
+    def _with_draft(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Choice:
+        late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context) / _VISIT
+        choices = [self._drafted(plan, remaining, offer, context, late) for plan in self._shapes]
+        last = self._last.shape if self._last else None
+        return max(choices, key=lambda choice: choice.rate * (_SAME if choice.shape == last else 1.0))
+
+    def _drafted(self, plan: Plan, remaining: int, offer: Branches | None, context: int, late: float) -> Choice:
+        """Return what a shape of the draft's tree promises beside what the context offers for the same nodes."""
+        family = plan.nodes, plan.beam
+        plan = replace(plan.within(remaining, offer), scale=self.scale)
+        levels, tokens, leads = plan.depth + 1, 1.0, 0.0
+        if offer:
+            room = max(0, plan.nodes - 1 - levels)
+            tokens, leads = 1 + offer.expected(room), offer.expected(room, 1)
+        tokens += (1 - leads) * self.worth.tokens(family, levels)
+        shape = Shape(levels, plan.nodes, plan.beam)
+        return Choice(plan, shape, min(tokens, float(remaining)), self.costs.ms(shape, context) + late)
+
+    def _probe(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Choice | None:
+        """Return the cheapest look at the draft if one is due and what it may lose is within its share of the time."""
+        if self._since_probe < self._probe_every:
+            return None
+        late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context)
+        probe = self._drafted(self._shapes[0], remaining, offer, context, late)
+        loss = probe.ms - self.costs.ms(PLAIN, context)
+        return probe if self._spent + loss <= _PROBE_SHARE * self._elapsed else None
+
+
+def bucket(nodes: int) -> int:
+    """Return the number of rows that a tree of so many nodes is padded to."""
+    return next(size for size in BUCKETS if size >= nodes)
+
+
+def _draft_shapes(tree: TreeConfig) -> Sequence[Plan]:
+    """Return the shapes of the draft's trees to choose from, few, as each may become a CUDA graph; cheapest first."""
+    depths = sorted({min(1, tree.depth), tree.depth // 2, tree.depth})
+    sizes = sorted({size for size in (tree.nodes // 2, tree.nodes) if size >= 4} | {tree.nodes})
+    chains = [Plan(min(tree.nodes, bucket(depth + 2)), depth, 1) for depth in depths]
+    trees = [
+        Plan(size, depth, tree.beam, tree.tree_threshold)
+        for depth in depths[-2:]
+        for size in sizes
+        if tree.beam > 1 and size >= depth + 2
+    ]
+    return [plan for plan in (*chains, *trees) if plan.nodes > 1]

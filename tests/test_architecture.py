@@ -13,7 +13,9 @@ import specx
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports its own layer and those before it.
 LAYERS = [
-    {"config", "tree"},
+    {"config", "branches"},
+    {"candidates"},
+    {"tree", "lookup"},
     {"backends", "kernels", "kernel_launch", "cache", "retrieval", "acceptance"},
     {"static_attention"},
     {"attention"},
@@ -21,7 +23,8 @@ LAYERS = [
     {"static"},
     {"sampling", "hf", "hf_check", "text"},
     {"target", "draft", "rotary"},
-    {"controller", "store", "generation"},
+    {"step_costs", "store", "generation", "sources"},
+    {"controller"},
     {"decoding"},
     {"data"},
     {"adapters"},

@@ -181,8 +181,8 @@ class TestParsing:
         assert [spec.drafts for spec in specs] == [False, False, True, True]
         assert [options_of(spec) for spec in specs[1:]] == [
             {"plain": True},
-            {"policy": "retrieval", **specs[2].options},
-            {"policy": "full", "nodes": 4},
+            {"policy": "retrieval", "lookup": False, "controller": "off", **specs[2].options},
+            {"policy": "full", "lookup": False, "controller": "off", "nodes": 4},
         ]
         assert [spec.name for spec in parse_methods(",".join(KNOWN))] == list(KNOWN)
 
