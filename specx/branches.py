@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -96,8 +97,8 @@ class Branches:
         tokens: Token ids.
         parents: 1 + place of the parent in these lists; 0: the root.
         depths: Distance from the root.
-        odds: Log-probability that a node is accepted if its parent was.
-        scores: The same given nothing: the sum along the path.
+        chances: Probability that a node is accepted if its parent was.
+        paths: The same given nothing: the product along the path.
         lengths: Of the match that each node continues.
         firsts: Whether it is the best among its siblings.
         keys: `key_of` the path's tokens, summed up.
@@ -106,8 +107,8 @@ class Branches:
     tokens: list[int]
     parents: list[int]
     depths: list[int]
-    odds: list[float]
-    scores: list[float]
+    chances: list[float]
+    paths: list[float]
     lengths: list[int]
     firsts: list[bool]
     keys: list[int]
@@ -126,10 +127,13 @@ class Branches:
         """Return each node's origin, without its rank."""
         return [match_code(*each) for each in zip(self.lengths, self.firsts, strict=True)]
 
-    def expected(self, count: int, depth: int | None = None) -> float:
-        """Return the expected number of accepted nodes of the best `count`, or of those at `depth` only."""
-        pairs = zip(self.scores[: max(0, count)], self.depths, strict=False)
-        return sum(math.exp(score) for score, at in pairs if depth is None or at == depth)
+    def expected(self) -> list[float]:
+        """Return the expected number of accepted nodes of the best n, for n from 0 to all."""
+        return [0.0, *accumulate(self.paths)]
+
+    def leading(self) -> float:
+        """Return the probability that the first token is accepted."""
+        return sum(chance for chance, depth in zip(self.paths, self.depths, strict=True) if depth == 1)
 
 
 class Calibration:

@@ -100,7 +100,7 @@ def _joined(draft: _Nodes, branches: Branches, levels: int) -> _Nodes:
     device, size, count = draft.tokens.device, len(draft.tokens), len(branches)
     lists = torch.tensor([branches.tokens, branches.parents, branches.depths, branches.origins(), branches.keys])
     tokens, parents, depths, origins, keys = lists.to(device, non_blocking=True)
-    odds = torch.tensor(branches.odds).to(device, non_blocking=True)
+    odds = torch.tensor(branches.chances).log().to(device, non_blocking=True)
     own = _sums(keys_of(draft.tokens, draft.depths), draft.parents, levels)[1:]
     same, place = (keys[:, None] == own).to(torch.uint8).max(1)
     merged = same.bool()

@@ -7,6 +7,8 @@ changes the output.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import mul
 from typing import Protocol
 
 from specx.branches import Branches, Calibration, Origin
@@ -19,12 +21,14 @@ _STAY = 1.05  # how much better the other choice, with or without the draft, mus
 _SAME = 1.02  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
 _PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
-_PROBE_EVERY, _PROBE_AT_MOST = 8, 256  # tokens between two probes, doubled after each that fails
+_PROBE_EVERY, _PROBE_AT_MOST = 8, 96  # tokens between two probes, doubled after each that fails
 _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
+_LOOK_AGAIN = 8  # rounds after which costs are looked up again
 _FED_ANYWAY = 8  # waiting tokens that cost no more than one
+_ALONE = Plan(1, 0, 1, draft=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Round:
     """What came of a round.
 
@@ -95,7 +99,7 @@ class FixedController:
         return "chain" if done.plan.beam == 1 else "tree"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     """One thing that a round may do, and what is expected of it."""
 
@@ -135,15 +139,15 @@ class DraftWorth:
         guesses = {family: self._GUESS if family[1] > 1 else self._GUESS - 0.15 for family in families}
         self._right = {family: [guess * self._WEIGHT] * levels for family, guess in guesses.items()}
         self._tried = {family: [self._WEIGHT] * levels for family in families}
+        self._expected = {family: self._sums(family) for family in families}
+
+    def _sums(self, family: tuple[int, int]) -> list[float]:
+        pairs = zip(self._right[family], self._tried[family], strict=True)
+        return list(accumulate(accumulate((right / tried for right, tried in pairs), mul)))
 
     def tokens(self, family: tuple[int, int], levels: int) -> float:
         """Return the expected number of accepted tokens."""
-        total, reach = 0.0, 1.0
-        pairs = zip(self._right[family], self._tried[family], strict=True)
-        for _, (right, tried) in zip(range(levels), pairs, strict=False):
-            reach *= right / tried
-            total += reach
-        return total
+        return self._expected[family][levels - 1]
 
     def learn(self, plan: Plan, path: Sequence[int]) -> None:
         """Count a round that asked the draft; `path` holds the origins of the accepted nodes."""
@@ -160,6 +164,7 @@ class DraftWorth:
                 reached += 1
             asked = nodes <= plan.nodes and beam <= plan.beam
             self._count(family, reached, levels, 1.0 if asked else 0.5)
+            self._expected[family] = self._sums(family)
 
     def forget(self, tokens: int) -> None:
         """Let what was measured `tokens` tokens ago weigh less."""
@@ -198,8 +203,11 @@ class AutoController:
     ) -> None:
         self.tree, self.scale, self.costs, self.explain = tree, scale, costs, explain
         self.mode = "plain"
-        self._shapes = list(_draft_shapes(tree)) if drafts else []
-        families = list(dict.fromkeys((plan.nodes, plan.beam) for plan in self._shapes))
+        plans = [replace(plan, scale=scale) for plan in _draft_shapes(tree)] if drafts else []
+        self._shapes = [(plan, Shape(plan.depth + 1, plan.nodes, plan.beam)) for plan in plans]
+        self._lookups = [Shape(0, size) for size in BUCKETS[1:] if size <= bucket(tree.nodes)]
+        self._rounds, self._known = 0, dict[Shape, float]()
+        families = list(dict.fromkeys((plan.nodes, plan.beam) for plan in plans))
         self.worth = DraftWorth(families, tree.depth + 1)
         self._last: Choice | None = None
         self._drafting, self._since_draft = True, 0
@@ -211,6 +219,9 @@ class AutoController:
     def plan(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Plan:
         """Return the most promising plan, or one that finds something out."""
         self._context = context
+        if self._rounds % _LOOK_AGAIN == 0:
+            self._known.clear()
+        self._rounds += 1
         if remaining <= 1 or self.tree.nodes == 1:
             return self._decide(self._plain(context), "no token beyond it is wanted", "plain")
         free = self._without_draft(offer, context)
@@ -237,7 +248,9 @@ class AutoController:
         assert choice is not None
         self._elapsed += done.ms + done.refresh_ms
         self._since_plain = 0 if choice.shape == PLAIN else self._since_plain + 1
-        shape = replace(choice.shape, nodes=bucket(done.nodes) if not choice.shape.levels else choice.shape.nodes)
+        shape = choice.shape
+        if done.nodes <= shape.nodes // 2 and not shape.levels:
+            shape = Shape(0, bucket(done.nodes))
         if not choice.shape.levels:
             costs.add(shape, done.context, done.ms)
             self._since_draft += done.emitted
@@ -286,46 +299,71 @@ class AutoController:
         return True
 
     def _plain(self, context: int) -> Choice:
-        return Choice(Plan(1, 0, 1, draft=False), PLAIN, 1.0, self.costs.ms(PLAIN, context))
+        return Choice(_ALONE, PLAIN, 1.0, self._ms(PLAIN, context))
+
+    def _ms(self, shape: Shape, context: int) -> float:
+        """Return the cost of a shape, looked up again every few rounds."""
+        if self._rounds < 4 * _LOOK_AGAIN:
+            return self.costs.ms(shape, context)
+        if shape not in self._known:
+            self._known[shape] = self.costs.ms(shape, context)
+        return self._known[shape]
 
     def _without_draft(self, offer: Branches | None, context: int) -> Choice:
         """Return the best number of the offered nodes, possibly none."""
-        best, count, limit = self._plain(context), 0, len(offer) if offer else 0
-        for size in BUCKETS[1:]:
-            if count == limit or offer is None:
+        best = self._plain(context)
+        if not offer:
+            return best
+        expected, rate, limit = offer.expected(), best.rate, len(offer)
+        for shape in self._lookups:
+            count = min(shape.nodes, self.tree.nodes, limit + 1) - 1
+            tokens, ms = 1 + expected[count], self._ms(shape, context)
+            if tokens / ms > rate:
+                rate = tokens / ms
+                best = Choice(Plan(count + 1, 0, 1, None, False, offer), shape, tokens, ms)
+            if count == limit:
                 break
-            nodes = min(size, self.tree.nodes)
-            count = min(nodes - 1, limit)
-            tokens, ms = 1 + offer.expected(count), self.costs.ms(Shape(0, bucket(nodes)), context)
-            if tokens / ms > best.rate:
-                best = Choice(Plan(count + 1, 0, 1, draft=False, branches=offer), Shape(0, bucket(nodes)), tokens, ms)
         return best
 
     def _with_draft(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Choice:
-        late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context) / _VISIT
-        choices = [self._drafted(plan, remaining, offer, context, late) for plan in self._shapes]
+        """Return the best shape of the draft's tree."""
+        late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context) / _VISIT if waiting > _FED_ANYWAY else 0.0
         last = self._last.shape if self._last else None
-        return max(choices, key=lambda choice: choice.rate * (_SAME if choice.shape == last else 1.0))
+        expected, leads = (offer.expected(), offer.leading()) if offer else ([0.0], 0.0)
+        best, most = 0, -1.0
+        for number, (plan, shape) in enumerate(self._shapes):
+            tokens = self._tokens(plan, expected, leads)
+            rate = tokens / (self._ms(shape, context) + late) * (_SAME if shape == last else 1.0)
+            if rate > most:
+                best, most = number, rate
+        return self._drafted(best, remaining, offer, context, late)
 
-    def _drafted(self, plan: Plan, remaining: int, offer: Branches | None, context: int, late: float) -> Choice:
+    def _tokens(self, plan: Plan, expected: list[float], leads: float) -> float:
         """Return what a shape of the draft's tree promises beside what the context offers for the same nodes."""
-        family = plan.nodes, plan.beam
-        plan = replace(plan.within(remaining, offer), scale=self.scale)
-        levels, tokens, leads = plan.depth + 1, 1.0, 0.0
-        if offer:
-            room = max(0, plan.nodes - 1 - levels)
-            tokens, leads = 1 + offer.expected(room), offer.expected(room, 1)
-        tokens += (1 - leads) * self.worth.tokens(family, levels)
-        shape = Shape(levels, plan.nodes, plan.beam)
-        return Choice(plan, shape, min(tokens, float(remaining)), self.costs.ms(shape, context) + late)
+        levels = plan.depth + 1
+        room = max(0, plan.nodes - 1 - levels)
+        return (
+            1
+            + expected[min(room, len(expected) - 1)]
+            + (1 - leads) * self.worth.tokens((plan.nodes, plan.beam), levels)
+        )
+
+    def _drafted(self, number: int, remaining: int, offer: Branches | None, context: int, late: float) -> Choice:
+        plan, shape = self._shapes[number]
+        expected, leads = (offer.expected(), offer.leading()) if offer else ([0.0], 0.0)
+        tokens = min(self._tokens(plan, expected, leads), float(remaining))
+        plan = plan.within(remaining, offer)
+        if plan.depth + 1 != shape.levels:
+            shape = Shape(plan.depth + 1, plan.nodes, plan.beam)
+        return Choice(plan, shape, tokens, self._ms(shape, context) + late)
 
     def _probe(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Choice | None:
         """Return the cheapest look at the draft if one is due and what it may lose is within its share of the time."""
         if self._since_probe < self._probe_every:
             return None
         late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context)
-        probe = self._drafted(self._shapes[0], remaining, offer, context, late)
-        loss = probe.ms - self.costs.ms(PLAIN, context)
+        probe = self._drafted(0, remaining, offer, context, late)
+        loss = probe.ms - self._ms(PLAIN, context)
         return probe if self._spent + loss <= _PROBE_SHARE * self._elapsed else None
 
 

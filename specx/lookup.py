@@ -4,16 +4,16 @@ The idea is prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decodin
 instead of a chain, and each node's probability is the measured acceptance of matches as long as its own.
 """
 
-import math
 from collections.abc import Sequence
 
 from specx.branches import Branches, key_of
 
 _ORDER = 2  # tokens that a match has at least: one alone matches everywhere
 _LONGEST = 16  # tokens that are compared; a longer match is no better
-_CANDIDATES = 32  # occurrences looked at, newest first
+_CANDIDATES = 24  # occurrences looked at, newest first
 _WEIGHT = 8.0  # of the first guess below, in rounds
-_LEAST = -7.0  # log-probability below which nobody would keep a node
+_LEAST = 1e-3  # probability below which nobody would keep a node
+_ENOUGH = 3  # times the nodes wanted, and no more matches are looked at
 _BITS = (1 << 64) - 1
 
 
@@ -85,29 +85,31 @@ class Lookup:
 
         The longest match proposes first; what others propose beside it shares what it leaves of the probability.
         """
-        known = self.index.tokens
-        rates = [self.rates.of(length) for length in range(_LONGEST + 1)] if known else []
-        nodes: list[tuple[int, int, int, float, int, bool]] = []  # token, parent, depth, odds, length, first
-        scores, keys, share = [0.0], [0], [1.0]  # of the root and the nodes; share: what their children left
+        known, reach = self.index.tokens, min(limit, depth)
+        matches = self.index.matches() if reach > 0 else []
+        rates = [self.rates.of(length) for length in range(_LONGEST + 1)] if matches else []
+        nodes: list[tuple[int, int, int, float, int, bool]] = []  # token, parent, depth, chance, length, first
+        paths, share = [1.0], [1.0]  # of the root and the nodes; share: what their children left
         children: dict[tuple[int, int], int] = {}
-        for place, length in self.index.matches() if limit > 0 and depth > 0 else ():
+        for place, length in matches:
+            if len(nodes) >= _ENOUGH * limit:
+                break
             node = 0
-            for at, token in enumerate(known[place : place + min(limit, depth)], 1):
+            for at, token in enumerate(known[place : place + reach], 1):
                 child = children.get((node, token))
                 if child is None:
                     match = min(length + at - 1, _LONGEST)
                     chance = share[node] * rates[match]
-                    odds = math.log(max(chance, 1e-9))
-                    if scores[node] + odds < _LEAST:
+                    path = paths[node] * chance
+                    if path < _LEAST:
                         break
-                    nodes.append((token, node, at, odds, match, share[node] == 1.0))
+                    nodes.append((token, node, at, chance, match, share[node] == 1.0))
+                    paths.append(path)
                     share[node] -= chance
-                    child = children[node, token] = len(nodes)
-                    scores.append(scores[node] + odds)
-                    keys.append(keys[node] + key_of(token, at))
                     share.append(1.0)
+                    child = children[node, token] = len(nodes)
                 node = child
-        return _ranked(nodes, scores, keys, limit)
+        return _ranked(nodes, paths, limit)
 
     def learn(self, offer: Branches, tokens: Sequence[int]) -> None:
         """Count what would have been right, whether or not it was verified.
@@ -135,20 +137,19 @@ class Lookup:
             node = after
 
 
-def _ranked(
-    nodes: list[tuple[int, int, int, float, int, bool]], scores: list[float], keys: list[int], limit: int
-) -> Branches:
-    order = sorted(range(1, len(scores)), key=lambda node: -scores[node])[:limit]
+def _ranked(nodes: list[tuple[int, int, int, float, int, bool]], paths: list[float], limit: int) -> Branches:
+    """Return the most likely nodes in the order of their probability, in which parents come first."""
+    order = sorted(range(1, len(paths)), key=paths.__getitem__, reverse=True)[:limit]
     place = {0: 0} | {node: number for number, node in enumerate(order, 1)}
     kept = [nodes[node - 1] for node in order]
-    tokens, parents, depths, odds, lengths, firsts = (
-        map(list, zip(*kept, strict=True)) if kept else ([] for _ in range(6))
-    )
-    signed = [_signed(keys[node]) for node in order]
-    return Branches(
-        tokens, [place[parent] for parent in parents], depths, odds, [scores[node] for node in order],
-        lengths, firsts, signed,
-    )  # fmt: skip
+    keys = [0]
+    for token, parent, depth, *_ in kept:
+        keys.append(keys[place[parent]] + key_of(token, depth))
+    columns = list(map(list, zip(*kept, strict=True))) if kept else [[] for _ in range(6)]
+    tokens, parents, depths, chances, lengths, firsts = columns
+    parents = [place[parent] for parent in parents]
+    signed = [_signed(key) for key in keys[1:]]
+    return Branches(tokens, parents, depths, chances, [paths[node] for node in order], lengths, firsts, signed)
 
 
 def _signed(key: int) -> int:

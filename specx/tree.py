@@ -79,7 +79,7 @@ class DraftTree:
         )
         lists[3, 1:] = with_ranks(lists[3, 1:], torch.arange(len(branches)))
         tokens, parents, depths, origins = lists.to(device, non_blocking=True)
-        scores = torch.tensor([0.0, *branches.scores]).to(device, non_blocking=True)
+        scores = torch.tensor([1.0, *branches.paths]).log().to(device, non_blocking=True)
         return cls(tokens, parents, depths, scores, None, origins)
 
     def to(self, device: torch.device) -> "DraftTree":

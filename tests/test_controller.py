@@ -182,14 +182,14 @@ class World:
             offer = offers()
             plan = controller.plan(10_000, offer, self.context, self.waiting)
             path, nodes = self._walk(plan, offer, right)
-            ms = self.plain + self.node * (nodes - 1)
+            ms, waited = self.plain + self.node * (nodes - 1), self.waiting
             if plan.draft and plan.nodes > 1:
                 ms += self.level * (plan.depth + 1) + 0.05 * self.waiting
                 self.waiting = 0
             if self.rng.random() < self.noise:
                 ms *= self.rng.uniform(2, 20)
             emitted = len(path) + 1
-            mode = controller.learn(Round(plan, nodes, path, emitted, ms, 0.0, self.context, self.waiting, True))
+            mode = controller.learn(Round(plan, nodes, path, emitted, ms, 0.0, self.context, waited, True))
             modes[mode] = modes.get(mode, 0) + 1
             self.waiting += emitted
             self.context += emitted

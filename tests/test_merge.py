@@ -64,7 +64,7 @@ def candidates(draft: TableDraft, plan: Plan) -> dict[Path, float]:
 def merged_by_hand(draft: TableDraft, plan: Plan) -> dict[Path, float]:
     """Every path that either source proposes, and its log-probability."""
     odds = candidates(draft, plan)
-    for path, own in zip(paths_of(plan.branches), plan.branches.odds, strict=True):
+    for path, own in zip(paths_of(plan.branches), map(math.log, plan.branches.chances), strict=True):
         both = math.log(1 - (1 - math.exp(odds[path])) * (1 - math.exp(own))) if path in odds else own
         odds[path] = min(both, -0.005) if path in odds else own
     return {path: sum(odds[path[:end]] for end in range(1, len(path) + 1)) for path in odds}
@@ -144,7 +144,11 @@ def test_the_offer_is_a_tree_however_few_are_taken():
         assert all(parent <= place for place, parent in enumerate(part.parents))
         tree = DraftTree.of_branches(7, part, torch.device("cpu"))
         assert [path_tokens(tree, node) for node in range(1, len(tree))] == paths_of(branches)[:count]
-    assert branches.expected(99) == pytest.approx(sum(map(math.exp, branches.scores)))
+    assert branches.expected()[-1] == pytest.approx(sum(branches.paths))
+    assert branches.expected()[3] == pytest.approx(sum(branches.paths[:3]))
+    assert branches.leading() == pytest.approx(
+        sum(p for p, d in zip(branches.paths, branches.depths, strict=True) if d == 1)
+    )
 
 
 def echoing(prompt_of, length: int) -> torch.Tensor:
