@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from specx.adapters.lookup import LookupModel
 from specx.api import SpeculativeModel
 from specx.config import CacheConfig, RoundConfig, TreeConfig, nearest
 
@@ -28,14 +29,20 @@ HF_METHODS: dict[str, dict[str, Any]] = {
     "hf-lookup": {"prompt_lookup_num_tokens": 8},
 }
 POLICIES = ("full", "window", "retrieval", "auto")
-KNOWN = ("ar", "hf-assisted", "hf-lookup", "plain", *POLICIES)
+KNOWN = ("ar", "hf-assisted", "hf-lookup", "plain", "lookup", *POLICIES, "specx")
 # What a method may set for itself; sampling and length are the same for all, or outputs could not be compared.
 OPTIONS = tuple(
     each.name for config in (CacheConfig, TreeConfig, RoundConfig) for each in fields(config) if each.name != "policy"
 )
 
-# A policy by itself is the draft alone with its whole tree in every round; options add to it.
-_FIXED = {"lookup": False, "controller": "off"}
+# A policy by itself is the draft alone with its whole tree in every round; options add to it. specx is what a user
+# gets: the context drafts as well, and the controller chooses. lookup is the context alone, in every round.
+_HOW: dict[str, dict[str, Any]] = {
+    **{name: {"policy": name, "lookup": False, "controller": "off"} for name in POLICIES},
+    "plain": {"plain": True},
+    "lookup": {"controller": "off"},
+    "specx": {"lookup": True, "controller": "auto"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,8 @@ def _parse(text: str) -> Spec:
     name, *parts = text.split(":")
     if name not in KNOWN:
         raise ValueError(f"unknown method {name!r}{nearest(name, list(KNOWN))} Known: {', '.join(KNOWN)}")
-    if parts and name not in POLICIES:
-        raise ValueError(f"method {name!r} takes no options; {', '.join(POLICIES)} do")
+    if parts and name not in (*POLICIES, "specx"):
+        raise ValueError(f"method {name!r} takes no options; {', '.join(POLICIES)} and specx do")
     options: dict[str, Any] = {}
     for part in parts:
         key, equals, value = (each.strip() for each in part.partition("="))
@@ -115,9 +122,9 @@ def _value(text: str) -> Any:
 
 def check_draft(specs: list[Spec], given: bool) -> None:
     """Raise ValueError if a method needs a draft and none is given."""
-    needy = [spec.text for spec in specs if spec.drafts or spec.name == "hf-assisted"]
+    needy = [spec.text for spec in specs if spec.drafts or spec.name in ("hf-assisted", "specx")]
     if needy and not given:
-        raise ValueError(f"method {needy[0]} needs a draft: give --draft, or only ar, hf-lookup and plain")
+        raise ValueError(f"method {needy[0]} needs a draft: give --draft, or only ar, hf-lookup, plain and lookup")
 
 
 def build(specs: list[Spec], model: SpeculativeModel) -> dict[str, Method]:
@@ -139,7 +146,7 @@ def build(specs: list[Spec], model: SpeculativeModel) -> dict[str, Method]:
 
 def options_of(spec: Spec) -> dict[str, Any]:
     """Return what `generate` takes to run a method of ours."""
-    return {"plain": True} if spec.name == "plain" else {"policy": spec.name} | _FIXED | spec.options
+    return _HOW[spec.name] | spec.options
 
 
 def _small(model: SpeculativeModel) -> Any:
@@ -152,6 +159,8 @@ def _small(model: SpeculativeModel) -> Any:
 
 def _specx(model: SpeculativeModel, spec: Spec) -> Method:
     options = options_of(spec)
+    if spec.name == "lookup":
+        model = SpeculativeModel(model.engine, LookupModel(), model.tokenizer, model.settings)
     try:
         model.settings.override(**spec.options)
     except ValueError as error:
@@ -167,7 +176,7 @@ def _specx(model: SpeculativeModel, spec: Spec) -> Method:
 
 FIGURES = (
     "steps", "ttft_seconds", "decode_tokens_per_second", "ms_draft", "ms_verify", "ms_retrieval", "ms_other",
-    "draft_kv_tokens", "policy", "refill",
+    "draft_kv_tokens", "policy", "refill", "tokens_by_source", "rounds_by_mode",
 )  # fmt: skip
 
 

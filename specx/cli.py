@@ -12,6 +12,7 @@ import specx
 from specx import output
 from specx.adapters.names import DRAFTS, TARGETS, locate
 from specx.cli_bench import bench
+from specx.cli_controller import controller
 from specx.cli_eval import evaluate
 from specx.cli_options import DEBUG, GENERATION, model_options, options_of
 from specx.cli_retrofit import retrofit_check
@@ -196,6 +197,7 @@ def models() -> None:
 
 main.add_command(evaluate)
 main.add_command(bench)
+bench.add_command(controller)
 main.add_command(retrofit_check)
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from specx.acceptance import Walk, walk
+from specx.auto_controller import AutoController
 from specx.branches import source_of
 from specx.config import Settings
-from specx.controller import AutoController, Controller, FixedController, Round
+from specx.controller import Controller, FixedController, Round
 from specx.draft import Draft, DraftModel
+from specx.draft_cache import policy_of, started
 from specx.generation import Generation, Piece
 from specx.hf import HFModel, Output
 from specx.hf_config import end_ids, logits_processors
@@ -24,10 +26,6 @@ from specx.target import Target
 from specx.tree import DraftTree, Plan
 
 StopCheck = Callable[[int], bool]
-_WHY_NOT = {
-    "gather": "this draft's keys cannot be moved to other positions",
-    "recompute": "what this draft computes its keys from is not kept",
-}
 
 
 class Chooser(Protocol):
@@ -119,14 +117,16 @@ class _Request:
     ) -> None:
         self.out, self.settings, self.stop = out, settings, stop
         tree, wanted = settings.tree, settings.stopping.max_new_tokens
-        self.policy = self._policy(model, draft_model, len(ids) + wanted) if draft_model else None
+        self.policy = policy_of(model, draft_model, settings, len(ids) + wanted, out.notes) if draft_model else None
         scored = self.policy is not None and self.policy.top_chunks > 0
         layer = settings.cache.score_layer if settings.cache.score_layer is not None else model.score_layer()
         self.taps = tuple(draft_model.taps) if draft_model else ()
         if target and not set(self.taps) <= set(target.taps):
             raise ValueError(f"the draft reads layers {self.taps} of the target, which was made to give {target.taps}")
         self.target = target or Target(model, len(ids) + wanted + tree.nodes, layer if scored else None, self.taps)
-        self.draft = self._draft(draft_model, self.policy, len(ids) + wanted) if draft_model and self.policy else None
+        self.draft: Draft | None = None
+        if draft_model and self.policy:
+            self.draft = started(draft_model, self.policy, settings, len(ids) + wanted, out.notes)
         looks = draft_model is not None and (settings.lookup or not self.draft)
         if draft_model and not self.draft and settings.rounds.lookup is False:
             raise ValueError(f"draft {draft_model.name} drafts from the context only: leave --no-lookup away")
@@ -153,32 +153,6 @@ class _Request:
     def ids(self) -> Tensor:
         """All tokens so far, int64."""
         return self._buffer[: self.out.prompt_tokens + len(self.out.tokens)]
-
-    def _draft(self, model: DraftModel, policy: CachePolicy, tokens: int) -> Draft | None:
-        tree, cache = self.settings.tree, self.settings.cache
-        rows = tokens if policy.name == "full" else min(tokens, policy.limit)
-        drops = not policy.fits(tokens)
-        draft = model.start(rows, tree.beam * tree.depth, tokens if drops else 0, cache)
-        asked = cache.refill
-        if draft and drops and asked and asked != draft.refill:
-            self.out.notes.append(f"refill {asked} became {draft.refill}: {_WHY_NOT[asked]}")
-        return draft
-
-    def _policy(self, model: HFModel, draft: DraftModel, length: int) -> CachePolicy:
-        name, config = self.settings.policy, self.settings.cache
-        context = config.draft_context or draft.draft_context
-        if draft.max_positions is not None:
-            context = min(context, draft.max_positions)
-            if name == "full" and length + self.settings.tree.depth > draft.max_positions:
-                name = "window"
-                self.out.notes.append(f"policy full became window: the draft has {draft.max_positions} positions")
-        layers = model.config.num_hidden_layers
-        if config.score_layer is not None and config.score_layer >= layers:
-            raise ValueError(f"score_layer must be below {layers}, the target's layers; got {config.score_layer}")
-        if name in ("retrieval", "auto") and config.score_layer is None and model.score_layer() is None:
-            name = "window"
-            self.out.notes.append("retrieval became window: every layer of the target slides, none sees the context")
-        return CachePolicy.plan(name, config, self.settings.tree, context)
 
     def observe(self, chunk: Output) -> None:
         """Pass on what the target's layers give while it prefills."""

@@ -24,13 +24,14 @@ LAYERS = [
     {"sampling", "hf", "hf_check", "text"},
     {"target", "draft", "rotary"},
     {"step_costs", "store", "generation", "sources"},
-    {"controller"},
+    {"worth", "draft_cache"},
+    {"controller", "auto_controller"},
     {"decoding"},
     {"data"},
     {"adapters"},
     {"api"},
     {"doctor", "retrofit_check", "training", "eval"},
-    {"cli", "cli_bench", "cli_eval", "cli_options", "cli_retrofit", "output", "__main__"},
+    {"cli", "cli_bench", "cli_controller", "cli_eval", "cli_options", "cli_retrofit", "output", "__main__"},
 ]
 # Plain tables and dataclasses: anyone above config may read them, and they may not import torch.
 ANYWHERE = {"specx.adapters.names", "specx.config"}

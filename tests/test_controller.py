@@ -12,9 +12,10 @@ from test_lossless import assert_same, own_tokens
 from test_merge import echoing
 
 from specx import decoding
+from specx.auto_controller import AutoController
 from specx.branches import Calibration, Origin, match_code
 from specx.config import Settings, TreeConfig
-from specx.controller import AutoController, Round
+from specx.controller import Round
 from specx.lookup import Lookup
 from specx.step_costs import PLAIN, Shape, StepCosts, bucket_of
 from specx.tree import Plan
