@@ -34,7 +34,9 @@ def controller(**given: Any) -> None:
     if (out / "rows.jsonl").exists():
         raise click.UsageError(f"{out / 'rows.jsonl'} already holds results: give another --out, or remove it")
     from specx.api import load
+    from specx.data.documents import parse_lengths
 
+    given["lengths"] = parse_lengths(given["lengths"])
     options = {each.name: given[each.name] for each in fields(LoadConfig) if given[each.name] is not None}
     model = load(given["target"], given["draft"], specextend=given["specextend"], **options)
     if model.draft is None or model.tokenizer is None:
@@ -43,18 +45,19 @@ def controller(**given: Any) -> None:
 
 
 def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str], out: Path) -> None:
-    from specx.data.documents import parse_lengths, read_documents
+    from specx.data.documents import length_name, read_documents
     from specx.eval import controller as measuring
     from specx.eval.facts import facts_of
 
     documents, rows = read_documents(given["data"], model.tokenizer), list[dict[str, Any]]()
-    lengths = parse_lengths(given["lengths"])
+    lengths = given["lengths"]
     measured = []
     if "adversarial" in wanted:
         measured.append(measuring.adversarial(model, documents, lengths, given["samples"], given["new"]))
     if "return" in wanted:
         measured.append(measuring.returning(model, documents, lengths[0], given["stretch"]))
     named = ("target", "draft", "data", "lengths", "samples", "new", "stretch", "measure")
+    given = given | {"lengths": ",".join(map(length_name, lengths))}
     parts = [f"--{name} {given[name]}" for name in named if given[name] is not None]
     command = " ".join(["specx bench controller", *parts])
     facts = facts_of(command, given["data"], given["target"], model)
