@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specx.adapters.lookup import LookupModel
 from specx.api import SpeculativeModel
-from specx.config import CacheConfig, RoundConfig, TreeConfig, nearest
+from specx.config import DRAFT_ALONE, CacheConfig, RoundConfig, TreeConfig, nearest
 
 HF_METHODS: dict[str, dict[str, Any]] = {
     "ar": {},
@@ -38,7 +38,7 @@ OPTIONS = tuple(
 # A policy by itself is the draft alone with its whole tree in every round; options add to it. specx is what a user
 # gets: the context drafts as well, and the controller chooses. lookup is the context alone, in every round.
 _HOW: dict[str, dict[str, Any]] = {
-    **{name: {"policy": name, "lookup": False, "controller": "off"} for name in POLICIES},
+    **{name: {"policy": name} | DRAFT_ALONE for name in POLICIES},
     "plain": {"plain": True},
     "lookup": {"controller": "off"},
     "specx": {"lookup": True, "controller": "auto"},

@@ -123,6 +123,10 @@ class RoundConfig(Checked):
     )
 
 
+# What measures a draft itself: it alone drafts, its whole tree in every round.
+DRAFT_ALONE: dict[str, Any] = {"lookup": False, "controller": "off"}
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingConfig(Checked):
     """How a token is drawn from the target's logits. Temperature 0 is greedy."""

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
-from specx.config import RoundConfig, Settings
+from specx.config import DRAFT_ALONE, Settings
 from specx.hf import HFModel
 
 torch.set_num_threads(1)  # threads only wait for each other on models this small
@@ -53,7 +53,7 @@ def noised(model: Any, std: float, seed: int = 1) -> Any:
 
 
 # The draft alone and its whole tree in every round, as most tests want it.
-FIXED = Settings(rounds=RoundConfig(lookup=False, controller="off"))
+FIXED = Settings().override(**DRAFT_ALONE)
 
 
 def pair(target: Any, draft: Any, draft_context: int = 128, backend: str = "auto", **kwargs: Any) -> SpeculativeModel:
