@@ -95,3 +95,8 @@ class Piece:
 
     tokens: tuple[int, ...]
     sources: tuple[str, ...]
+
+    @property
+    def drafted(self) -> int:
+        """How many of the tokens anybody but the target proposed; they come first."""
+        return len(self.tokens) - self.sources.count("target")
