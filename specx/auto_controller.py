@@ -189,7 +189,7 @@ class AutoController:
             tokens, ms = 1 + expected[count], self._ms(shape, context)
             if tokens / ms > rate:
                 rate = tokens / ms
-                best = Choice(Plan(count + 1, 0, 1, None, False, offer), shape, tokens, ms)
+                best = Choice(Plan(count + 1, 0, 1, draft=False, branches=offer), shape, tokens, ms)
             if count == limit:
                 break
         return best

@@ -77,9 +77,11 @@ def match_code(length: int, first: bool) -> int:
     return length << _MATCH_SHIFT | (_MATCH_FIRST if first else 0)
 
 
-def draft_codes(buckets: Tensor, beam: int) -> Tensor:
-    """Return the origins of a draft's candidates, int64 [N], whose siblings stand `beam` by `beam`, best first."""
-    first = torch.arange(len(buckets), device=buckets.device) % beam == 0
+def draft_codes(buckets: Tensor, parents: Tensor) -> Tensor:
+    """Return the origins of a draft's candidates, int64 [N], of whose siblings the best come first."""
+    place = torch.arange(len(parents), device=parents.device)
+    earliest = torch.full((len(parents) + 1,), len(parents), device=parents.device)
+    first = earliest.scatter_reduce(0, parents, place, "amin")[parents] == place
     return buckets + 1 + first * _DRAFT_FIRST
 
 

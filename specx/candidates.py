@@ -27,7 +27,7 @@ class Pool:
 
     def __init__(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
         self.tokens, self.scores, self.parents = [tokens], [scores], [parents]
-        self.size = self.beam = tokens.shape[0]
+        self.size = tokens.shape[0]
 
     def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> int:
         """Append one level and return the id of its first candidate."""
@@ -83,7 +83,7 @@ class Pool:
             return _Nodes(tokens, parents, depths, scores, None, self.size)
         scores = scores.clamp(min=_NEVER)
         odds, buckets = scale.apply(scores - torch.cat([scores.new_zeros(1), scores])[parents])
-        levels, origins = len(self.tokens), draft_codes(buckets, self.beam)
+        levels, origins = len(self.tokens), draft_codes(buckets, parents)
         if not branches:
             return _Nodes(tokens, parents, depths, _sums(odds, parents, levels)[1:], origins, self.size)
         found = _Nodes(tokens, parents, depths, odds, origins, self.size)

@@ -106,6 +106,12 @@ def test_nodes_know_who_proposed_them(seed):
             assert draft.rows[lists[2][node]] == path[-1]
         assert int(tree.parents[node]) < node
         assert tree.scores[node] < tree.scores[tree.parents[node]], "a child never outranks its parent"
+    for parent in range(len(tree)):
+        own = [n for n in range(1, len(tree)) if tree.parents[n] == parent and Origin.read(lists[3][n]).draft_first]
+        assert len(own) <= 1
+        if own:
+            logits = TableDraft(6, seed).logits(path_tokens(tree, parent))
+            assert int(tree.tokens[own[0]]) == int(logits.argmax()), "the draft's own first choice"
     ranks = [Origin.read(code).rank for code in lists[3][1:]]
     assert sorted(ranks) == list(range(1, len(tree)))
     by_rank = [tree.scores[1:][ranks.index(rank)] for rank in sorted(ranks)]
