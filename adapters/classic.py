@@ -68,7 +68,8 @@ class ClassicDraft:
     def __init__(
         self, settings: ClassicModel, capacity: int, tree_rows: int, store: KeyValueStore | None, sinks: int
     ) -> None:
-        self.model, self.vocab, self.capacity, self.sinks = settings.model, settings.vocab, capacity, sinks
+        self.model, self.vocab, self.sinks = settings.model, settings.vocab, sinks
+        self.capacity, self.tree_rows = capacity, tree_rows
         self.cache, self.store = self.model.new_cache(capacity + tree_rows), store
         self._ids = torch.empty(0, dtype=torch.long, device=self.model.device)
         self._fed = 0  # tokens of _ids that are in the cache or were dropped from it
@@ -102,7 +103,7 @@ class ClassicDraft:
             self._fed = len(ids)
             return
         if self.store is not None:
-            self._prefill_windowed(self.store)
+            self._compute(self.store, len(ids))
         self._refill(keep, len(ids))
 
     def begin(self, root: int) -> None:
@@ -110,7 +111,14 @@ class ClassicDraft:
         self._append([root])
 
     def refresh(self, keep: Tensor) -> None:
-        """Rebuild the cache from its first row on that differs."""
+        """Rebuild the cache from its first row on that differs.
+
+        After rounds without it, the tokens that wait may be too many for the next tree to feed.
+        """
+        kept = int((keep < self._fed).sum())
+        if self.store is not None and kept + self.waiting > max(len(keep) + 1, self.capacity - self.tree_rows - 2):
+            self.store.append(self.cache, self._fed - self.store.length)
+            self._compute(self.store, len(self._ids) - 1)
         self._refill(keep, len(self._ids) - 1)
 
     def _refill(self, keep: Tensor, fed: int) -> None:
@@ -161,19 +169,21 @@ class ClassicDraft:
         self._ids = torch.cat([self._ids, torch.tensor(tokens, dtype=torch.long, device=self._ids.device)])
         self._root = tokens[-1]
 
-    def _prefill_windowed(self, store: KeyValueStore) -> None:
-        """Compute the prompt into the store: each chunk sees the sinks and the chunk before, at bounded positions."""
+    def _compute(self, store: KeyValueStore, last: int) -> None:
+        """Compute tokens up to `last` into the store: each chunk sees the sinks and the chunk before, at bounded
+        positions.
+        """
         half, device = max(1, self.capacity // 2), self._ids.device
         sinks = min(self.sinks, half // 2)
-        for first in range(0, len(self._ids), half):
-            past = torch.arange(first - half, first, device=device) if first else self._held
+        while self._fed < last:
+            past = torch.arange(max(0, self._fed - half), self._fed, device=device)
             past[:sinks] = torch.arange(sinks, device=device)[: len(past)]
             self.cache.truncate(0)
             store.gather(past, self.cache)
-            chunk = self._ids[first : first + half]
+            chunk = self._ids[self._fed : min(self._fed + half, last)]
             self._feed(chunk)
             store.append(self.cache, len(chunk))
-        self._held, self._held_fed, self._fed = past, first, len(self._ids)
+            self._held, self._held_fed, self._fed = past, self._fed, self._fed + len(chunk)
 
     def _feed(self, ids: Tensor) -> Tensor:
         """Commit tokens at the next positions; return the logits after the last one, [V]."""

@@ -85,7 +85,8 @@ class EagleDraft:
     def __init__(
         self, model: EagleModel, capacity: int, tree_rows: int, store: KeyValueStore | None, sinks: int
     ) -> None:
-        self.model, self.head, self.capacity, self.store, self.sinks = model, model.head, capacity, store, sinks
+        self.model, self.head, self.store, self.sinks = model, model.head, store, sinks
+        self.capacity, self.tree_rows = capacity, tree_rows
         self.cache = TreeCache(self.head.head.layers, capacity + tree_rows)
         self.head.allocate(self.cache)
         device = self.head.device
@@ -117,7 +118,7 @@ class EagleDraft:
         """Fill the cache with the prompt's entries, or those at `keep`."""
         self._ids = ids.to(self.head.device)
         if self.store is not None:
-            self.refresh(torch.arange(self._fed) if keep is None else keep)
+            self._rebuild(self.store, torch.arange(self._fed) if keep is None else keep)
         elif keep is not None:
             raise ValueError("this draft was started to keep all tokens, so that none can be dropped")
 
@@ -125,15 +126,32 @@ class EagleDraft:
         """Take the first chosen token."""
         self._append([root])
 
+    @torch.no_grad()
     def refresh(self, keep: Tensor) -> None:
-        """Rebuild the cache from its first row on that differs. Entries not computed yet come with the next tree."""
+        """Rebuild the cache from its first row on that differs.
+
+        Entries not computed yet come with the next tree, but after rounds without a tree they may be too many for it.
+        """
         if self.store is None:
             raise ValueError("this draft was started to keep all tokens, so that none can be dropped")
+        kept = int((keep < self._fed).sum())
+        if kept + self.waiting > max(len(keep) + 1, self.capacity - self.tree_rows - 2):
+            self._catch_up()
+        self._rebuild(self.store, keep)
+
+    def _catch_up(self) -> None:
+        """Compute all waiting entries but the newest, whose output the next tree needs."""
+        in_cache = torch.arange(self._since, self._fed, device=self._held.device)
+        self._held, self._since = torch.cat([self._held, in_cache]), self._fed
+        states, self._states = self._states[:-1], self._states[-1:]
+        self._absorb(self._ids[self._fed + 1 : self._fed + 1 + len(states)], states)
+
+    def _rebuild(self, store: KeyValueStore, keep: Tensor) -> None:
         keep = keep.to(self.head.device)
         keep = keep[keep < self._fed]
         same = rows_in_place(self._held, self._since, self._fed, keep)
         self.cache.truncate(same)
-        self.store.gather(keep[same:], self.cache)
+        store.gather(keep[same:], self.cache)
         self._held, self._since = keep, self._fed
 
     @torch.no_grad()
@@ -192,7 +210,7 @@ class EagleDraft:
                 past = torch.arange(max(0, self._fed - half), self._fed)
                 sinks = min(self.sinks, half // 2, len(past))
                 past[:sinks] = torch.arange(sinks)
-                self.refresh(past)
+                self._rebuild(self.store, past)
                 self._feed(piece, own)
 
     def _feed(self, ids: Tensor, states: Tensor) -> HeadOutput:

@@ -14,7 +14,7 @@ from specx.adapters.eagle import EagleModel
 from specx.adapters.live import check_live, ignored_rotation, live_head, shared_target
 from specx.adapters.loader import build_eagle
 from specx.adapters.retrofit_calls import Calls, OfficialCalls, ReleasedCalls
-from specx.config import CacheConfig, Settings, TreeConfig, nearest
+from specx.config import CacheConfig, RoundConfig, Settings, TreeConfig, nearest
 from specx.generation import Generation
 from specx.hf import HFModel
 
@@ -30,7 +30,7 @@ def retrofit(ea_model: Any, specextend: bool = True, **options: Any) -> "Retrofi
     Args:
         ea_model: Of the released `eagle-llm` or shaped like the one of EAGLE's repository (EAGLE-1, 2 or 3).
         specextend: Hybrid tree attention and a bounded draft cache; False is ordinary tree speculation.
-        options: Of the draft's cache and tree (`specx.config`), and backend, hybrid_attention, flash_prefill,
+        options: Of the draft's cache, tree and rounds (`specx.config`), and backend, hybrid_attention, flash_prefill,
             pack_weights (off: it copies), graphs. The tree's size is the object's own unless given.
 
     Raises:
@@ -41,7 +41,7 @@ def retrofit(ea_model: Any, specextend: bool = True, **options: Any) -> "Retrofi
     if isinstance(getattr(vars(ea_model).get("eagenerate"), "__self__", None), Calls):
         raise ValueError("this EaModel is already retrofitted; call its handle's remove() first")
     own = {name: options.pop(name) for name in _ENGINE if name in options}
-    known = [each.name for config in (CacheConfig, TreeConfig) for each in fields(config)]
+    known = [each.name for config in (CacheConfig, TreeConfig, RoundConfig) for each in fields(config)]
     for name in options:
         if name not in known:
             close = nearest(name, [*known, *_ENGINE])

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from specx.api import SpeculativeModel
+from specx.config import DRAFT_ALONE
 from specx.costs import Costs
 from specx.data.prompts import held_out_prompt
 from specx.decoding import decode
@@ -112,7 +113,7 @@ class CostBench:
                 ids = held_out_prompt(self.model.tokenizer, min(_TEXT, self.contexts[0]), number)
             except RuntimeError:  # no more of them
                 break
-            out = self.model.generate(ids, max_new_tokens=_TEXT_NEW, temperature=0.0)
+            out = self.model.generate(ids, max_new_tokens=_TEXT_NEW, temperature=0.0, **DRAFT_ALONE)
             emitted, steps = emitted + out.emitted, steps + out.steps
         return emitted / steps if steps else None
 

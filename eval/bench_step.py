@@ -13,6 +13,7 @@ from torch import Tensor
 from specx.acceptance import Walk
 from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
+from specx.config import DRAFT_ALONE
 from specx.data.prompts import demo_prompt
 from specx.decoding import decode
 from specx.eval.bench import Row, median_ms, synchronize, tree_mask
@@ -180,7 +181,7 @@ class StepBench:
         """Decode `new` tokens behind `length` and return a step's milliseconds by part, with waits in between."""
         synchronize(self.device)
         ids = self.ids if length == len(self.ids) else self.ids[:length]
-        settings = self.model.settings.override(policy=policy, max_new_tokens=new, temperature=0.0)
+        settings = self.model.settings.override(policy=policy, max_new_tokens=new, temperature=0.0, **DRAFT_ALONE)
         out = SyncedGeneration(length)
         for _ in decode(self.engine, self.model.draft, ids, settings, out, lambda _: False, target=self.target):
             pass

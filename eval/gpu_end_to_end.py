@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from specx.api import SpeculativeModel
+from specx.config import DRAFT_ALONE
 from specx.decoding import decode
 from specx.eval.bench_step import SyncedGeneration, graph_trouble
 from specx.eval.gpu_setup import Row, Setup, Task, free
@@ -108,7 +109,7 @@ def _ours(bed: Bed, length: int, name: str) -> Row:
 
 def _generate(model: SpeculativeModel, target: Target, ids: Tensor, name: str, new: int, out: Generation) -> Generation:
     options: dict[str, Any] = {} if name == PLAIN else {"policy": name}
-    settings = model.settings.override(max_new_tokens=new, temperature=0.0, **options)
+    settings = model.settings.override(max_new_tokens=new, temperature=0.0, **DRAFT_ALONE | options)
     draft = None if name == PLAIN else model.draft
     for _ in decode(model.engine, draft, ids, settings, out, lambda _: False, target=target):
         pass

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from specx.adapters.lookup import LookupModel
 from specx.api import SpeculativeModel
-from specx.config import CacheConfig, TreeConfig, nearest
+from specx.config import DRAFT_ALONE, CacheConfig, RoundConfig, TreeConfig, nearest
 
 HF_METHODS: dict[str, dict[str, Any]] = {
     "ar": {},
@@ -36,10 +37,22 @@ ABLATION = {
     "tree+hybrid": ("full", True, False),
     "tree+retrieval": ("auto", False, False),
 }
-KNOWN = ("ar", "hf-assisted", "hf-lookup", "plain", *ABLATION, *POLICIES)
+KNOWN = ("ar", "hf-assisted", "hf-lookup", "plain", "lookup", *ABLATION, *POLICIES, "specx")
 ALL = "all"
 # What a method may set for itself; sampling and length are the same for all, or outputs could not be compared.
-OPTIONS = tuple(each.name for config in (CacheConfig, TreeConfig) for each in fields(config) if each.name != "policy")
+OPTIONS = tuple(
+    each.name for config in (CacheConfig, TreeConfig, RoundConfig) for each in fields(config) if each.name != "policy"
+)
+
+# A policy by itself is the draft alone with its whole tree in every round; options add to it. specx is what a user
+# gets: the context drafts as well, and the controller chooses. lookup is the context alone, in every round.
+_HOW: dict[str, dict[str, Any]] = {
+    **{name: {"policy": name} | DRAFT_ALONE for name in POLICIES},
+    **{name: {"policy": part[0]} | DRAFT_ALONE for name, part in ABLATION.items()},
+    "plain": {"plain": True},
+    "lookup": {"controller": "off"},
+    "specx": {"lookup": True, "controller": "auto"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +87,7 @@ class Spec:
     @property
     def takes_options(self) -> bool:
         """Whether its tree and cache can be set."""
-        return self.name in POLICIES or self.name in ABLATION
+        return self.name in (*POLICIES, *ABLATION, "specx")
 
 
 def parse_methods(text: str) -> list[Spec]:
@@ -97,8 +110,8 @@ def _parse(text: str) -> Spec:
     name, *parts = text.split(":")
     if name not in KNOWN:
         raise ValueError(f"unknown method {name!r}{nearest(name, list(KNOWN))} Known: {', '.join(KNOWN)}, or all")
-    if parts and name not in (*POLICIES, *ABLATION):
-        raise ValueError(f"method {name!r} takes no options; {', '.join(POLICIES)} do")
+    if parts and name not in (*POLICIES, *ABLATION, "specx"):
+        raise ValueError(f"method {name!r} takes no options; {', '.join(POLICIES)} and specx do")
     options: dict[str, Any] = {}
     for part in parts:
         key, equals, value = (each.strip() for each in part.partition("="))
@@ -127,7 +140,7 @@ def check_draft(specs: list[Spec], given: bool) -> None:
     """Raise ValueError if a method needs a draft and none is given."""
     needy = [spec.text for spec in specs if spec.takes_options or spec.name == "hf-assisted"]
     if needy and not given:
-        raise ValueError(f"method {needy[0]} needs a draft: give --draft, or only ar, hf-lookup and plain")
+        raise ValueError(f"method {needy[0]} needs a draft: give --draft, or only ar, hf-lookup, plain and lookup")
 
 
 def fitting(specs: list[Spec], model: SpeculativeModel) -> list[Spec]:
@@ -156,10 +169,7 @@ def build(specs: list[Spec], model: SpeculativeModel) -> dict[str, Method]:
 
 def options_of(spec: Spec) -> dict[str, Any]:
     """Return what `generate` takes to run a method of ours."""
-    if spec.name == "plain":
-        return {"plain": True}
-    policy = ABLATION[spec.name][0] if spec.name in ABLATION else spec.name
-    return {"policy": policy, **spec.options}
+    return _HOW[spec.name] | spec.options
 
 
 def _small(model: SpeculativeModel) -> Any:
@@ -172,6 +182,8 @@ def _small(model: SpeculativeModel) -> Any:
 
 def _specx(model: SpeculativeModel, spec: Spec) -> Method:
     options = options_of(spec)
+    if spec.name == "lookup":
+        model = SpeculativeModel(model.engine, LookupModel(), model.tokenizer, model.settings)
     try:
         model.settings.override(**spec.options)
     except ValueError as error:
@@ -193,6 +205,7 @@ def _specx(model: SpeculativeModel, spec: Spec) -> Method:
 FIGURES = (
     "steps", "accepted_histogram", "ttft_seconds", "decode_seconds", "decode_tokens_per_second", "ms_draft",
     "ms_verify", "ms_retrieval", "ms_other", "draft_kv_tokens", "policy", "refill",
+    "tokens_by_source", "rounds_by_mode",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from specx.adapters.checkpoints import load_tokenizer
 from specx.adapters.eagle_llm import INSTALL, installed
 from specx.adapters.names import locate
+from specx.config import DRAFT_ALONE
 from specx.data.documents import length_name, parse_lengths
 from specx.data.prompts import held_out_prompt
 from specx.eval.facts import machine_of, version_of
@@ -31,7 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "eagle-llm": {"retrofitted": False, "fix_rope": False},
     "eagle-llm, base put right": {"retrofitted": False, "fix_rope": True},
     "retrofitted, full": {"retrofitted": True, "specextend": False, "options": {"policy": "full"}},
-    "retrofitted, auto": {"retrofitted": True, "specextend": True, "options": {}},
+    "retrofitted, auto": {"retrofitted": True, "specextend": True, "options": DRAFT_ALONE},
+    "retrofitted, as it comes": {"retrofitted": True, "specextend": True, "options": {}},
 }
 
 

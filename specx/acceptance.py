@@ -1,8 +1,9 @@
 """Which drafted tokens are kept: the walk down a tree. Pure functions.
 
-At every node one token is taken from the target's own processed distribution (its argmax, or an independent draw), and
-the walk follows the child that equals it. Children of a node hold distinct tokens and the tree is a function of tokens
-already emitted, so each emitted token is exactly one draw from the target; for such a tree no rule accepts more.
+At every node one token is taken from the target's own processed distribution (its argmax, or a draw), and the walk
+follows the child that equals it. Draws at different depths are independent, children of a node hold distinct tokens,
+and no tree depends on draws of tokens not emitted yet (what it may depend on: tokens, costs, the clock), so each
+emitted token is exactly one draw from the target; for such a tree no rule accepts more.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def walk(tree: DraftTree, chosen: Tensor | Sequence[int]) -> Walk:
         tree: The verified tree, T nodes.
         chosen: The target's token after each node, int64 [T]; entries of nodes off the walk are not read.
     """
-    tokens, parents, _, taken = tree.lists(torch.as_tensor(chosen, device=tree.tokens.device))
+    tokens, parents, _, _, taken = tree.lists(torch.as_tensor(chosen, device=tree.tokens.device))
     children = {place: node for node, place in enumerate(zip(parents, tokens, strict=True))}
     path, emitted = [0], []
     while True:

@@ -30,6 +30,7 @@ from specx.generation import Generation
 from specx.hf import HFModel
 from specx.hf_config import positions_of
 from specx.profiles import NO_PROFILE, Profile, key_of, load_profile
+from specx.step_costs import StepCosts
 from specx.text import TextStream
 
 _SHOWN_TOKENS = 8  # of each kept chunk, in a trace
@@ -39,14 +40,19 @@ Prompt = str | Sequence[int] | Tensor
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Text that became certain with one token, and whether the draft had proposed that token."""
+    """Text that became certain with one token, and who proposed that token (`generation.SOURCES`)."""
 
     text: str
-    drafted: bool
+    source: str
+
+    @property
+    def drafted(self) -> bool:
+        """Whether anybody but the target did."""
+        return self.source != "target"
 
 
 class SpeculativeModel:
-    """A target with a draft. Holds no state between calls; the Hugging Face models stay unmodified.
+    """A target with a draft. The Hugging Face models stay unmodified, and nothing of a text outlives a call.
 
     Attributes:
         target: The Hugging Face target.
@@ -54,6 +60,7 @@ class SpeculativeModel:
         draft: The loaded draft, or None: plain decoding.
         settings: Defaults of every generation option.
         profile: What `specx tune` measured: it chooses the trees where none is asked for.
+        costs: What steps have cost so far, by which the controller chooses.
     """
 
     def __init__(
@@ -63,20 +70,24 @@ class SpeculativeModel:
         self.profile = NO_PROFILE
         self.target: PreTrainedModel = target.model
         self.settings = settings or Settings()
+        self.costs = StepCosts()
 
-    def generate(self, prompt: Prompt, *, trace: bool = False, plain: bool = False, **options: Any) -> Generation:
+    def generate(
+        self, prompt: Prompt, *, trace: bool = False, plain: bool = False, explain: bool = False, **options: Any
+    ) -> Generation:
         """Generate after a prompt.
 
         Args:
             prompt: Text, or token ids (a list, a tensor [L] or [1, L]).
             trace: Record every step in `Generation.trace`.
             plain: Decode without the draft, one token a step.
+            explain: Record in `Generation.decisions` when the controller changes its mind, and why.
             options: Any option of `specx.config`, such as max_new_tokens=64 or temperature=0.7.
 
         Raises:
             ValueError: For an option or a prompt that cannot be served; nothing has been generated then.
         """
-        out, run = self.start(prompt, trace=trace, plain=plain, **options)
+        out, run = self.start(prompt, trace=trace, plain=plain, explain=explain, **options)
         for _ in run:
             pass
         return out
@@ -89,7 +100,7 @@ class SpeculativeModel:
         return ("".join(each.text for each in segments) for segments in run if any(each.text for each in segments))
 
     def start(
-        self, prompt: Prompt, *, trace: bool = False, plain: bool = False, **options: Any
+        self, prompt: Prompt, *, trace: bool = False, plain: bool = False, explain: bool = False, **options: Any
     ) -> tuple[Generation, Generator[list[Segment]]]:
         """Check everything, then return the growing `Generation` and an iterator that drives it step by step."""
         settings = self.settings.override(**options)
@@ -97,7 +108,7 @@ class SpeculativeModel:
         self._check_length(len(ids), settings)
         if settings.stopping.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer; this target was loaded without one")
-        out = Generation(len(ids), trace=[] if trace else None)
+        out = Generation(len(ids), trace=[] if trace else None, decisions=[] if explain else None)
         if self.draft and not plain:
             settings = self._with_tree(settings, not TREE_SHAPE.isdisjoint(options), len(ids), out)
         text = TextStream(self.tokenizer, settings.stopping.stop) if self.tokenizer is not None else None
@@ -113,15 +124,15 @@ class SpeculativeModel:
                     for piece in steps:
                         if out.trace:
                             self._describe(out.trace[-1], ids, out.tokens, settings.cache.chunk_size)
-                        yield [Segment(each, number < piece.drafted) for number, each in enumerate(texts)]
+                        yield [Segment(*each) for each in zip(texts, piece.sources, strict=True)]
                         texts.clear()
                 if text and (rest := text.flush()):
-                    yield [Segment(rest, False)]
+                    yield [Segment(rest, "target")]
             finally:
                 out.text = text.text if text else ""
 
         draft = None if plain or settings.tree.nodes == 1 else self.draft
-        steps = decode(self.engine, draft, ids, settings, out, stop)
+        steps = decode(self.engine, draft, ids, settings, out, stop, costs=self.costs)
         return out, run()
 
     def _with_tree(self, settings: Settings, asked: bool, context: int, out: Generation) -> Settings:
@@ -253,6 +264,7 @@ def load(
     adapter = load_draft(draft, draft_where, engine, settings.cache.draft_context, config, tokens)
     model = SpeculativeModel(engine, adapter, tokenizer, settings)
     model.profile = _profile(engine, adapter, config.profile, not TREE_SHAPE.isdisjoint(options))
+    model.costs = StepCosts(model.profile.costs)
     return model
 
 

@@ -12,6 +12,7 @@ import specx
 from specx import output
 from specx.adapters.names import DRAFTS, TARGETS, locate
 from specx.cli_bench import bench
+from specx.cli_controller import controller
 from specx.cli_eval import evaluate
 from specx.cli_options import DEBUG, GENERATION, model_options, options_of
 from specx.cli_report import report as report_command
@@ -78,8 +79,12 @@ def main() -> None:
 @click.option("--compare", is_flag=True, help="Also decode plainly with the same target and print the ratio.")
 @click.option("--stats-json", metavar="FILE", help="Write the figures there: an object, or a list for several samples.")
 @click.option(
-    "--verbose", is_flag=True, help="Colour drafted (green) and target-chosen (blue) tokens; say what the draft kept."
+    "--verbose",
+    is_flag=True,
+    help="Colour tokens by who proposed them: draft (green), context (yellow), both (cyan), target (blue); say where "
+    "each came from and what the draft kept.",
 )
+@click.option("--explain", is_flag=True, help="Say what the controller turned to, and why.")
 def run(**given: Any) -> None:
     """Generate text with a target and its draft. Text goes to stdout, everything else to stderr."""
     texts = _texts(given)
@@ -152,7 +157,7 @@ def _generate_all(model: "SpeculativeModel", samples: "list[Prompt]", given: dic
     checked, many = [], len(samples) > 1
     for number, sample in enumerate(samples, 1):
         try:
-            checked.append(model.start(sample, trace=given["verbose"]))
+            checked.append(model.start(sample, trace=given["verbose"], explain=given["explain"]))
         except ValueError as error:
             raise ValueError(f"sample {number} of {len(samples)}: {error}" if many else str(error)) from error
     results: list[dict[str, Any]] = []
@@ -196,6 +201,7 @@ def models() -> None:
 main.add_command(evaluate)
 main.add_command(report_command)
 main.add_command(bench)
+bench.add_command(controller)
 main.add_command(retrofit_check)
 main.add_command(tune)
 main.add_command(train)

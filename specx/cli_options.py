@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from specx.config import CacheConfig, LoadConfig, SamplingConfig, StopConfig, TreeConfig
+from specx.config import CacheConfig, LoadConfig, RoundConfig, SamplingConfig, StopConfig, TreeConfig
 
-GENERATION = (StopConfig, SamplingConfig, CacheConfig, TreeConfig)
+GENERATION = (StopConfig, SamplingConfig, RoundConfig, CacheConfig, TreeConfig)
 DEBUG = "specx.debug"
 SPECEXTEND = "Hybrid tree attention, flash prefill and a bounded draft cache."
 

@@ -9,7 +9,7 @@ import click
 from specx import output
 from specx.adapters.names import locate
 from specx.cli_options import debug_option, options_of
-from specx.config import CacheConfig, TreeConfig
+from specx.config import CacheConfig, RoundConfig, TreeConfig
 
 if TYPE_CHECKING:
     from specx.retrofit_check import Way
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option("--fix-rope", is_flag=True, help="Let eagle-llm follow the target's rope_theta, which it ignores.")
 @click.option("--use-specextend/--no-specextend", "specextend", default=True, show_default=True, help="As for run.")
-@options_of(CacheConfig, TreeConfig)
+@options_of(CacheConfig, TreeConfig, RoundConfig)
 def retrofit_check(**given: Any) -> None:
     """Run a prompt through eagle-llm as it is and retrofitted, and say what changes: output, tau, speed, memory.
 
@@ -77,7 +77,7 @@ def _job(given: dict[str, Any], places: dict[str, str], text: str | None) -> tup
     if tokenizer is None:
         raise ValueError(f"target {given['target']} has no tokenizer files; save its tokenizer in that directory")
     ids = demo_prompt(tokenizer, 512)[1] if text is None else tokenizer(text, verbose=False)["input_ids"]
-    names = [each.name for config in (CacheConfig, TreeConfig) for each in fields(config)]
+    names = [each.name for config in (CacheConfig, TreeConfig, RoundConfig) for each in fields(config)]
     options = {name: given[name] for name in names if given[name] is not None}
     rest = {"new": given["max_new_tokens"], "dtype": given["dtype"], "specextend": given["specextend"]}
     rest["fix_rope"] = given["fix_rope"]

@@ -143,6 +143,26 @@ class CacheConfig(Checked):
 
 
 @dataclass(frozen=True, slots=True)
+class RoundConfig(Checked):
+    """What drafts besides the draft model, and who says what each round may spend."""
+
+    lookup: bool | None = field(
+        default=None,
+        metadata={"help": "Also draft what followed earlier occurrences. Default: with a draft and --use-specextend."},
+    )
+    controller: Literal["auto", "off"] | None = option(
+        None,
+        "auto: each round as plain, from the context, or with the draft, whichever gives most tokens a millisecond; "
+        "off: always the whole tree. Default: auto with --use-specextend, else off.",
+        choices=("auto", "off"),
+    )
+
+
+# What measures a draft itself: it alone drafts, its whole tree in every round.
+DRAFT_ALONE: dict[str, Any] = {"lookup": False, "controller": "off"}
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingConfig(Checked):
     """How a token is drawn from the target's logits. Temperature 0 is greedy."""
 
@@ -177,6 +197,7 @@ class Settings:
 
     tree: TreeConfig = field(default_factory=TreeConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    rounds: RoundConfig = field(default_factory=RoundConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stopping: StopConfig = field(default_factory=StopConfig)
     use_specextend: bool = True
@@ -185,6 +206,16 @@ class Settings:
     def policy(self) -> Policy:
         """The cache policy in force."""
         return self.cache.policy or ("auto" if self.use_specextend else "full")
+
+    @property
+    def lookup(self) -> bool:
+        """Whether the context drafts beside a draft model."""
+        return self.use_specextend if self.rounds.lookup is None else self.rounds.lookup
+
+    @property
+    def controlled(self) -> bool:
+        """Whether a controller chooses what each round may spend."""
+        return self.use_specextend if self.rounds.controller is None else self.rounds.controller == "auto"
 
     def override(self, **options: Any) -> Self:
         """Return a copy with flat option names replaced.
@@ -195,13 +226,13 @@ class Settings:
         result = self
         if "use_specextend" in options:
             result = replace(result, use_specextend=bool(options.pop("use_specextend")))
-        for concern in ("tree", "cache", "sampling", "stopping"):
+        for concern in ("tree", "cache", "rounds", "sampling", "stopping"):
             part = getattr(result, concern)
             mine = {each.name: options.pop(each.name) for each in fields(part) if each.name in options}
             if mine:
                 result = replace(result, **{concern: replace(part, **mine)})
         for name in options:
-            parts = (TreeConfig, CacheConfig, SamplingConfig, StopConfig)
+            parts = (TreeConfig, CacheConfig, RoundConfig, SamplingConfig, StopConfig)
             known = [each.name for part in parts for each in fields(part)] + ["use_specextend"]
             loading = [each.name for each in fields(LoadConfig)]
             if name in loading:

@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 
 from specx.acceptance import Walk, walk
+from specx.auto_controller import AutoController
+from specx.branches import source_of
 from specx.config import Settings
-from specx.controller import FixedController
+from specx.controller import Controller, FixedController, Round
 from specx.draft import Draft, DraftModel, ReadsTarget
+from specx.draft_cache import policy_of, started
 from specx.generation import Generation, Piece
 from specx.hf import HFModel, Output
 from specx.hf_config import end_ids, logits_processors
+from specx.lookup import Lookup
 from specx.retrieval import CachePolicy, Kept
 from specx.sampling import TokenChooser
+from specx.sources import Sources
+from specx.step_costs import StepCosts
 from specx.target import Target
-from specx.tree import DraftTree
+from specx.tree import DraftTree, Plan
 
 StopCheck = Callable[[int], bool]
-_WHY_NOT = {
-    "gather": "this draft's keys cannot be moved to other positions",
-    "recompute": "what this draft computes its keys from is not kept",
-}
 
 
 class Chooser(Protocol):
@@ -46,6 +48,7 @@ def decode(
     *,
     target: Target | None = None,
     chooser: Chooser | None = None,
+    costs: StepCosts | None = None,
 ) -> Generator[Piece]:
     """Generate after `ids`, yielding what each step emits; everything else goes into `out`.
 
@@ -57,41 +60,44 @@ def decode(
         stop: Told every emitted token; True ends the generation behind it.
         target: A target with room for the request, to share one prefill among several; None makes one.
         chooser: Chooses the tokens instead of the target, for measurements along a given text.
+        costs: What rounds of these models cost, so that it need not be found out again; None: nothing is known.
 
     Raises:
         ValueError: At once, if `settings` do not fit the models.
     """
-    return _steps(_Request(model, draft_model, ids, settings, out, stop, target, chooser), ids)
+    return _steps(_Request(model, draft_model, ids, settings, out, stop, target, chooser, costs), ids)
 
 
 def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
-    target, draft, out, settings = request.target, request.draft, request.out, request.settings
+    target, sources, out = request.target, request.sources, request.out
     with out.clock("first"):
         step = target.prefill(ids, request.observe if request.taps else None)
         root = int(request.chooser.choose(step.logits, DraftTree.single(int(ids[-1]), ids.device), ids[:-1])[0])
         done = request.emit(request.cut(Walk((0,), (root,), 0)))
         if not done:
-            request.prefill_draft(root)
-    yield Piece((root,), 0)
+            request.prefill_sources(root)
+    yield Piece((root,), ("target",))
     while not done:
         began = time.perf_counter()
-        request.refresh_if_due()
-        plan = request.controller.plan(settings.stopping.max_new_tokens - len(out.tokens))
+        plan, waiting = request.plan(), sources.waiting
+        refreshed = request.refresh_if_due(plan)
         with out.clock("draft"):
-            tree = draft.propose(plan).to(ids.device) if draft and plan.nodes > 1 else request.root_alone()
+            tree = sources.propose(plan).to(ids.device)
         with out.clock("verify"):
             step = target.verify(tree)
             chosen = request.chooser.choose(step.logits, tree, request.ids[: target.cache.committed])
-        found = request.cut(walk(tree, chosen))
+        whole = walk(tree, chosen)
+        found = request.cut(whole)
         target.keep(found.path)
-        if draft:
-            with out.clock("draft"):
-                draft.accept(found, step)
+        with out.clock("draft"):
+            sources.accept(found, step)
         request.last_node = found.path[-1]
         done = request.emit(found)
-        request.record(tree, found)
+        origins = request.record(tree, whole, found)
+        spent = time.perf_counter() - began
+        request.learn(plan, tree, whole, spent - refreshed, refreshed, waiting)
         out.seconds["decode"] += time.perf_counter() - began
-        yield Piece(found.tokens, found.drafted)
+        yield Piece(found.tokens, origins)
 
 
 class _Request:
@@ -107,10 +113,11 @@ class _Request:
         stop: StopCheck,
         target: Target | None,
         chooser: Chooser | None,
+        costs: StepCosts | None,
     ) -> None:
         self.out, self.settings, self.stop = out, settings, stop
         tree, wanted = settings.tree, settings.stopping.max_new_tokens
-        self.policy = self._policy(model, draft_model, len(ids) + wanted) if draft_model else None
+        self.policy = policy_of(model, draft_model, settings, len(ids) + wanted, out.notes) if draft_model else None
         scored = self.policy is not None and self.policy.top_chunks > 0
         layer = settings.cache.score_layer if settings.cache.score_layer is not None else model.score_layer()
         self.taps = tuple(draft_model.taps) if draft_model else ()
@@ -119,16 +126,14 @@ class _Request:
         self.target = target or Target(model, len(ids) + wanted + tree.nodes, layer if scored else None, self.taps)
         self.draft: Draft | None = None
         if draft_model and self.policy:
-            tokens = len(ids) + wanted
-            rows = tokens if self.policy.name == "full" else min(tokens, self.policy.limit)
-            drops = not self.policy.fits(tokens)
-            self.draft = draft_model.start(rows, tree.beam * tree.depth, tokens if drops else 0, settings.cache)
+            self.draft = started(draft_model, self.policy, settings, len(ids) + wanted, out.notes)
             if isinstance(self.draft, ReadsTarget):
                 self.draft.attach(self.target.last_layer)
-            asked, refill = settings.cache.refill, self.draft.refill
-            if drops and asked and asked != refill:
-                out.notes.append(f"refill {asked} became {refill}: {_WHY_NOT[asked]}")
-        self.controller = FixedController(tree if draft_model else None)
+        looks = draft_model is not None and (settings.lookup or not self.draft)
+        if draft_model and not self.draft and settings.rounds.lookup is False:
+            raise ValueError(f"draft {draft_model.name} drafts from the context only: leave --no-lookup away")
+        self.sources = Sources(self.draft, Lookup() if looks else None, model.device)
+        self.controller = self._controller(costs or StepCosts())
         processors = logits_processors(model.model, settings.sampling, ids, wanted)
         self.chooser: Chooser = chooser or TokenChooser(processors, settings.sampling, model.device)
         self.end_ids = end_ids(model.model)
@@ -151,58 +156,62 @@ class _Request:
         """All tokens so far, int64."""
         return self._buffer[: self.out.prompt_tokens + len(self.out.tokens)]
 
-    def root_alone(self) -> DraftTree:
-        """Return the tree of a round without a draft."""
-        return DraftTree.single(self.out.tokens[-1], self._buffer.device)
-
-    def _policy(self, model: HFModel, draft: DraftModel, length: int) -> CachePolicy:
-        name, config = self.settings.policy, self.settings.cache
-        context = config.draft_context or draft.draft_context
-        if draft.max_positions is not None:
-            context = min(context, draft.max_positions)
-            if name == "full" and length + self.settings.tree.depth > draft.max_positions:
-                name = "window"
-                self.out.notes.append(f"policy full became window: the draft has {draft.max_positions} positions")
-        layers = model.config.num_hidden_layers
-        if config.score_layer is not None and config.score_layer >= layers:
-            raise ValueError(f"score_layer must be below {layers}, the target's layers; got {config.score_layer}")
-        if name in ("retrieval", "auto") and config.score_layer is None and model.score_layer() is None:
-            name = "window"
-            self.out.notes.append("retrieval became window: every layer of the target slides, none sees the context")
-        return CachePolicy.plan(name, config, self.settings.tree, context)
-
     def observe(self, chunk: Output) -> None:
         """Pass on what the target's layers give while it prefills."""
         if self.draft:
             self.draft.observe(self.ids[: self.out.prompt_tokens], chunk)
 
-    def prefill_draft(self, root: int) -> None:
+    def prefill_sources(self, root: int) -> None:
         """Give the draft the prompt (all of it while it fits, else what the policy keeps), then the root."""
-        if self.draft is None or self.policy is None:
-            return
         ids, keep = self.ids[: self.out.prompt_tokens], None
-        if not self.policy.fits(len(ids) + 1):
+        if self.draft and self.policy and not self.policy.fits(len(ids) + 1):
             kept = self._select(self.policy, -1, len(ids))
             keep, self.kept = kept.indices, kept.chunks
-        self.draft.prefill(ids, keep)
-        self.draft.begin(root)
+        self.sources.prefill(ids, keep, root)
+
+    def _controller(self, costs: StepCosts) -> Controller:
+        tree, sources = self.settings.tree, self.sources
+        if not sources.draft and not sources.lookup:
+            return FixedController(None)
+        if not self.settings.controlled or tree.tree_shape is not None:  # a shape is meant as it is
+            return FixedController(tree, sources.scale if sources.lookup else None)
+        return AutoController(tree, sources.scale, costs, bool(sources.draft), self.out.decisions)
+
+    def plan(self) -> Plan:
+        """Return what the next round may spend."""
+        remaining, context = self.settings.stopping.max_new_tokens - len(self.out.tokens), len(self.ids)
+        offer = self.sources.offer(self.settings.tree.nodes, remaining - 1)
+        return self.controller.plan(remaining, offer, context, self.sources.waiting)
+
+    def learn(self, plan: Plan, tree: DraftTree, whole: Walk, seconds: float, refreshed: float, waiting: int) -> None:
+        """Let the controller know what came of a round."""
+        codes, emitted = tree.lists()[3], len(whole.tokens)
+        path, context = [codes[node] for node in whole.path[1:]], len(self.ids) - emitted
+        done = Round(
+            plan, len(tree), path, emitted, 1000 * seconds, 1000 * refreshed, context, waiting, bool(self.draft)
+        )
+        self.out.modes[self.controller.learn(done)] += 1
 
     def _select(self, policy: CachePolicy, node: int, length: int) -> Kept:
         config = self.settings.cache
         return policy.select(self.target.chunk_scores(node, config.chunk_size, config.score_heads), length)
 
-    def refresh_if_due(self) -> None:
-        """Rebuild the draft's cache if the policy says so."""
-        if self.draft is None or self.policy is None:
-            return
+    def refresh_if_due(self, plan: Plan) -> float:
+        """Rebuild the draft's cache if the policy says so and the draft is asked; return the seconds that took."""
         length = self.target.cache.committed
+        asked = self.draft is not None and plan.draft and plan.nodes > 1
+        if not asked or not self.draft or not self.policy:
+            self.steps_since += 1
+            return 0.0
         if not self.policy.due(length, self.draft.cached, self.draft.waiting, self.steps_since):
             self.steps_since += 1
-            return
+            return 0.0
+        before = self.out.seconds["retrieval"]
         with self.out.clock("retrieval"):
             kept = self._select(self.policy, self.last_node, length)
             self.draft.refresh(kept.indices)
         self.steps_since, self.kept = 1, kept.chunks
+        return self.out.seconds["retrieval"] - before
 
     def cut(self, found: Walk) -> Walk:
         """Cut a step behind the token that ends the generation and say why it ends."""
@@ -223,12 +232,14 @@ class _Request:
         self.out.tokens += found.tokens
         return self.out.finish_reason != "interrupted"
 
-    def record(self, tree: DraftTree, found: Walk) -> None:
-        """Count a verification step."""
+    def record(self, tree: DraftTree, whole: Walk, found: Walk) -> tuple[str, ...]:
+        """Count a verification step, a walk and what was taken of it; return who proposed each emitted token."""
+        codes = tree.lists()[3]
+        origins = (*(source_of(codes[node]) for node in whole.path[1:]), "target")[: len(found.tokens)]
         self.out.emitted += len(found.tokens)
         self.out.accepted[found.drafted] += 1
-        draft = self.draft
-        self.out.draft_kv_tokens = draft.kv_rows if isinstance(draft, ReadsTarget) else draft.cached if draft else 0
+        self.out.sources.update(origins)
+        self.out.draft_kv_tokens = self.sources.cached
         if self.out.trace is not None:
             self.out.trace.append(
                 {
@@ -236,7 +247,9 @@ class _Request:
                     "parents": tree.parents.tolist(),
                     "scores": tree.scores.tolist(),
                     "path": list(found.path),
+                    "sources": list(origins),
                     "kept_chunks": None if self.kept is None else list(self.kept),
                 }
             )
         self.kept = None
+        return origins

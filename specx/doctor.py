@@ -19,6 +19,7 @@ from specx.adapters.longspec_checkpoints import read_block
 from specx.adapters.names import LOOKUP, known_draft, locate
 from specx.adapters.weights import kind_of
 from specx.api import SpeculativeModel, load
+from specx.config import DRAFT_ALONE
 from specx.data.prompts import demo_prompt
 from specx.hf import HFModel
 from specx.hf_config import positions_of
@@ -128,7 +129,8 @@ def _probe(model: SpeculativeModel) -> Finding:
     if room < 1:
         return _line("probe", f"skipped: the target has fewer than {_NEW} positions"), True
     _, ids = demo_prompt(model.tokenizer, min(_PROBE, room))
-    out = model.generate(ids, max_new_tokens=_NEW)
+    alone = DRAFT_ALONE if model.draft and model.draft.name != LOOKUP else {}
+    out = model.generate(ids, max_new_tokens=_NEW, **alone)
     tau = out.stats["tau"]
     if tau is None:
         return _line("probe", "the target ended at once; no step was drafted"), True
@@ -140,7 +142,7 @@ def _probe(model: SpeculativeModel) -> Finding:
 def _mismatch(model: SpeculativeModel, ids: list[int]) -> str:
     """Say what does not match: specx and the target, the target or the draft and text, or the two models."""
     itself = ClassicModel("itself", model.engine, model.engine.vocab_size, _PROBE + _NEW, "the probe")
-    out = SpeculativeModel(model.engine, itself, None, model.settings).generate(ids, max_new_tokens=_NEW)
+    out = SpeculativeModel(model.engine, itself, None, model.settings).generate(ids, max_new_tokens=_NEW, **DRAFT_ALONE)
     if out.stats["tau"] == 1.0:
         return (
             "and neither when the target drafts for itself. This is a defect of specx with this model or backend: "

@@ -45,11 +45,16 @@ class Draft(Protocol):
         ...
 
     def propose(self, plan: Plan) -> DraftTree:
-        """Grow a tree whose root is the newest token."""
+        """Feed what is waiting, then grow a tree whose root is the newest token, by `tree.grow`.
+
+        Rounds may pass without it: their tokens wait.
+        """
         ...
 
     def accept(self, walk: Walk, step: Output) -> None:
         """Take over a verified step: the path through the tree proposed last, and the tokens it emitted.
+
+        The tree was another's if nothing was proposed since the last step. Nodes whose row is -1 were never fed.
 
         Args:
             step: What the target gave for the tree's nodes, the tapped layers' outputs among it.
@@ -97,8 +102,10 @@ class DraftModel(Protocol):
     taps: Sequence[int]
     about: Sequence[str]
 
-    def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> Draft:
+    def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> Draft | None:
         """Start a request whose cache reaches `capacity` tokens, plus `tree_rows` rows of a growing tree.
+
+        None: it has no model, and the context is all that drafts.
 
         Args:
             tokens: Prompt and new tokens together if some of them will be dropped, 0 if all stay cached.

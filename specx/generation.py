@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+MODES = ("plain", "lookup", "chain", "tree", "probe")
+SOURCES = ("draft", "context", "both", "target")
+
 
 @dataclass(slots=True)
 class Generation:
@@ -17,8 +20,10 @@ class Generation:
         text: Their text, set by `specx.api` where there is a tokenizer.
         finish_reason: "eos", "stop", "length" or, after Ctrl-C or an abandoned stream, "interrupted".
         trace: One record a verification step, if asked for: the tree's tokens, parents (-1: root) and scores, the
-            accepted path, and the chunks that retrieval chose before that step (None: the cache was not rebuilt);
-            with a tokenizer also the text that each of them starts with, `kept_texts`.
+            accepted path, where each emitted token came from (`sources`), and the chunks that retrieval chose before
+            that step (None: the cache was not rebuilt); with a tokenizer also the text that each of them starts with,
+            `kept_texts`.
+        decisions: The controller's, in words, each time it turns to another mode, if asked for.
         notes: What differs from what was asked for, and why.
     """
 
@@ -27,9 +32,12 @@ class Generation:
     text: str = ""
     finish_reason: str = "interrupted"
     trace: list[dict[str, Any]] | None = None
+    decisions: list[str] | None = None
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     accepted: Counter[int] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
     emitted: int = 0
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     draft_kv_tokens: int = 0
@@ -45,7 +53,10 @@ class Generation:
 
         tau is the tokens emitted by verification steps over their number, bonus tokens included; the token that the
         prefill gives counts in neither. Decode figures leave the prefills (target's and draft's) out; both are in
-        ttft_seconds. accepted_histogram[n] counts the steps that emitted n drafted tokens.
+        ttft_seconds. accepted_histogram[n] counts the steps that emitted n drafted tokens; tokens_by_source
+        says who proposed them: the draft, the context, both, or nobody (the target's own); divided by the steps they
+        add up to tau. rounds_by_mode counts the steps by what drafted: nothing (plain), the context (lookup), the draft
+        model and the context (chain, tree), or the draft to see whether it pays (probe).
         """
         parts = ("draft", "verify", "retrieval")
         decode = self.seconds["decode"]
@@ -56,6 +67,8 @@ class Generation:
             "tau": self.emitted / self.steps if self.steps else None,
             "steps": self.steps,
             "accepted_histogram": {str(n): self.accepted[n] for n in sorted(self.accepted)},
+            "tokens_by_source": {source: self.sources[source] for source in SOURCES},
+            "rounds_by_mode": {mode: self.modes[mode] for mode in MODES},
             "ttft_seconds": self.seconds["first"],
             "decode_seconds": decode,
             "decode_tokens_per_second": self.emitted / decode if decode else None,
@@ -78,7 +91,12 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that one step emitted; the first `drafted` of them were proposed by the draft."""
+    """Tokens that one step emitted, and who proposed each of them (`SOURCES`)."""
 
     tokens: tuple[int, ...]
-    drafted: int
+    sources: tuple[str, ...]
+
+    @property
+    def drafted(self) -> int:
+        """How many of the tokens anybody but the target proposed; they come first."""
+        return len(self.tokens) - self.sources.count("target")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from specx.api import Segment
     from specx.generation import Generation
 
+_COLOURS = {"draft": "green", "context": "yellow", "both": "cyan", "target": "blue"}
 INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
 
 
@@ -30,9 +31,7 @@ def stream(steps: "Generator[list[Segment]]", coloured: bool) -> bool:
     try:
         with closing(steps), _gentle_ctrl_c() as pressed:
             for segments in steps:
-                texts = (
-                    click.style(s.text, fg="green" if s.drafted else "blue") if colours else s.text for s in segments
-                )
+                texts = (click.style(s.text, fg=_COLOURS[s.source]) if colours else s.text for s in segments)
                 # not click.echo, which strips escape sequences: a model may have written them
                 sys.stdout.write("".join(texts))
                 sys.stdout.flush()
@@ -90,7 +89,10 @@ def report(out: "Generation", verbose: bool) -> None:
     stats = out.stats
     for note in out.notes:
         click.echo(f"note: {note}", err=True)
+    for decision in out.decisions or []:
+        click.echo(f"controller: {decision}", err=True)
     for number, record in enumerate(out.trace or [] if verbose else []):
+        click.echo(f"step {number}: {', '.join(record['sources'])}", err=True)
         if record["kept_chunks"] is not None:
             texts = record.get("kept_texts") or [""] * len(record["kept_chunks"])
             chunks = ", ".join(f"{chunk} {text!r}" for chunk, text in zip(record["kept_chunks"], texts, strict=True))
@@ -100,10 +102,18 @@ def report(out: "Generation", verbose: bool) -> None:
     tau = f"{stats['tau']:.2f}" if stats["tau"] else "-"
     click.echo(
         f"{stats['new_tokens']} tokens after {stats['prompt_tokens']} ({stats['finish_reason']}), {speed}, tau {tau}, "
-        f"first token {stats['ttft_seconds']:.2f} s; draft cache {stats['draft_kv_tokens']} tokens "
+        f"{_share(stats)}first token {stats['ttft_seconds']:.2f} s; draft cache {stats['draft_kv_tokens']} tokens "
         f"(policy {stats['policy']})",
         err=True,
     )
+
+
+def _share(stats: dict[str, Any]) -> str:
+    """Say who proposed the tokens, where more than one could."""
+    found = {source: count for source, count in stats["tokens_by_source"].items() if count}
+    if not found.keys() & {"context", "both"}:
+        return ""
+    return "tokens by source: " + ", ".join(f"{source} {count}" for source, count in found.items()) + "; "
 
 
 def compare(out: "Generation", plain: "Generation", greedy: bool) -> dict[str, Any]:

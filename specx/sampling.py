@@ -31,8 +31,14 @@ _LEVEL_WISE = {
 }
 
 
+_BLOCK = 512  # random numbers made at once
+
+
 class TokenChooser:
     """Takes the target's token at each node: the argmax at temperature 0, else a seeded draw.
+
+    A draw's random number belongs to the position of the token in the text. A walk visits one node a depth, so that its
+    draws are independent, and the same seed gives the same text whatever trees were verified on the way.
 
     Args:
         processors: The target's, from `hf_config.logits_processors`.
@@ -46,6 +52,7 @@ class TokenChooser:
     def __init__(self, processors: LogitsProcessorList, sampling: SamplingConfig, device: torch.device) -> None:
         self.processors, self.greedy = processors, sampling.temperature == 0
         self.generator = torch.Generator(device=device).manual_seed(sampling.seed)
+        self._numbers, self._first = torch.empty(0, device=device), -1  # of the positions from `_first` on
         names = {type(each).__name__ for each in processors}
         if names <= _ID_FREE:
             self.mode = "batch"
@@ -63,8 +70,9 @@ class TokenChooser:
         Returns:
             int64 [T]; -1 at nodes that a walk cannot reach, in mode "walk".
         """
+        self._reserve(len(ids), len(ids) + len(tree))
         if self.mode == "batch":
-            return self._take(self.processors(ids[None], logits.float()))
+            return self._take(self.processors(ids[None], logits.float()), len(ids) + tree.depths)
         if self.mode == "walk":
             return torch.tensor(self._along_the_walk(logits, tree, ids), device=logits.device)
         processed = torch.empty_like(logits, dtype=torch.float32)
@@ -72,19 +80,34 @@ class TokenChooser:
             nodes = (tree.depths == depth).nonzero().flatten()
             running = torch.cat([ids.expand(len(nodes), -1), _path_tokens(tree, nodes, depth)], dim=1)
             processed[nodes] = self.processors(running, logits[nodes].float())
-        return self._take(processed)
+        return self._take(processed, len(ids) + tree.depths)
 
-    def _take(self, scores: Tensor) -> Tensor:
+    def _take(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Return a token for each row of `scores`, [n, V]; `positions`, int64 [n], are those of the nodes."""
         if self.greedy:
             return scores.argmax(-1)
-        return torch.multinomial(torch.softmax(scores, -1), 1, generator=self.generator).squeeze(1)
+        fine = torch.float64 if scores.device.type != "mps" else torch.float32
+        sums = torch.softmax(scores.to(fine), -1).cumsum(-1)
+        drawn = self._numbers_at(positions.to(scores.device)).to(fine)[:, None] * sums[:, -1:]
+        return torch.searchsorted(sums, drawn, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
+
+    def _numbers_at(self, positions: Tensor) -> Tensor:
+        return self._numbers[positions - self._first]
+
+    def _reserve(self, first: int, last: int) -> None:
+        """Make random numbers for the positions from `first`, and up to `last`."""
+        if self._first < 0:
+            self._first = first
+        while self._first + len(self._numbers) <= last:
+            more = torch.rand(_BLOCK, generator=self.generator, device=self._numbers.device, dtype=self._numbers.dtype)
+            self._numbers = torch.cat([self._numbers, more])
 
     def _along_the_walk(self, logits: Tensor, tree: DraftTree, ids: Tensor) -> list[int]:
         chosen, node, running = [-1] * len(tree), 0, ids
         while True:
             running = torch.cat([running, tree.tokens[node : node + 1]])
             scores = self.processors(running[None], logits[node : node + 1].float())
-            chosen[node] = int(self._take(scores))
+            chosen[node] = int(self._take(scores, tree.depths[node : node + 1] + len(ids)))
             match = ((tree.parents == node) & (tree.tokens == chosen[node])).nonzero().flatten()
             if len(match) == 0:
                 return chosen

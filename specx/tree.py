@@ -2,20 +2,32 @@
 
 Growth is that of EAGLE-2 (arXiv 2406.16858, section 4): level by level the `beam` most likely nodes are expanded, and
 at the end the `nodes` best of all candidates are kept. The optional early stop is OPT-Tree's (arXiv 2406.17276).
+What the context offers (`Plan.branches`) competes for the same nodes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from specx.branches import Branches, Calibration, with_ranks
+from specx.candidates import Pool
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one round may spend: `nodes` with the root (1: no draft), levels = depth + 1, branching `beam`.
+    """What one round may spend.
 
-    With a `shape`, nodes a level, all nodes of a level are expanded and the best children of all of them kept.
+    Attributes:
+        nodes: With the root; 1: one step of plain decoding.
+        depth: The draft drafts depth + 1 levels.
+        beam: Branching.
+        threshold: OPT-Tree's early stop.
+        shape: Nodes a level: all nodes of a level are expanded, and the best children of all of them kept.
+        draft: Whether the draft model is asked at all.
+        branches: What the context offers; its nodes may lie deeper than the draft's levels.
+        scale: Puts the draft's probabilities on the scale of the branches; None: they are taken as they are.
     """
 
     nodes: int
@@ -23,15 +35,18 @@ class Plan:
     beam: int
     threshold: float | None = None
     shape: tuple[int, ...] | None = None
+    draft: bool = True
+    branches: Branches | None = None
+    scale: Calibration | None = None
 
-    def within(self, remaining: int) -> "Plan":
-        """Return the plan without levels that no kept node or no token still wanted could lie on."""
+    def within(self, remaining: int, offer: Branches | None = None) -> "Plan":
+        """Return the plan without levels that no kept node or no token still wanted could lie on, with an offer."""
         if self.nodes == 1 or remaining <= 1:
             return Plan(1, 0, 1)
         if self.shape is not None:
             shape = self.shape[: remaining - 1]
-            return Plan(1 + sum(shape), len(shape) - 1, self.beam, None, shape)
-        return Plan(self.nodes, min(self.depth, self.nodes - 2, remaining - 2), self.beam, self.threshold)
+            return replace(self, nodes=1 + sum(shape), depth=len(shape) - 1, threshold=None, shape=shape)
+        return replace(self, depth=min(self.depth, self.nodes - 2, remaining - 2), branches=offer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +57,9 @@ class DraftTree:
         tokens: Token ids, int64 [T].
         parents: Node index of each node's parent, int64 [T]; -1 for the root.
         depths: Distance from the root, int64 [T].
-        scores: Cumulative draft log-probability, float32 [T]; 0 for the root.
+        scores: Cumulative log-probability, the draft's or as estimated on the plan's scale, float32 [T]; root 0.
         rows: The draft's pending row of each node, int64 [T]; -1: never fed to the draft. None: of no draft.
+        origins: Who proposed each node, int64 [T], see `branches.Origin`. None: the draft proposed all.
     """
 
     tokens: Tensor
@@ -51,6 +67,7 @@ class DraftTree:
     depths: Tensor
     scores: Tensor
     rows: Tensor | None = None
+    origins: Tensor | None = None
     _lists: list[list[int]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
@@ -59,22 +76,35 @@ class DraftTree:
         zero = torch.zeros(1, dtype=torch.long, device=device)
         return cls(zero + root, zero - 1, zero, zero.float())
 
+    @classmethod
+    def of_branches(cls, root: int, branches: Branches, device: torch.device) -> "DraftTree":
+        """Return the tree of what the context offers, with no draft."""
+        lists = torch.tensor(
+            [[root, *branches.tokens], [-1, *branches.parents], [0, *branches.depths], [0, *branches.origins()]]
+        )
+        lists[3, 1:] = with_ranks(lists[3, 1:], torch.arange(len(branches)))
+        tokens, parents, depths, origins = lists.to(device, non_blocking=True)
+        scores = torch.tensor([1.0, *branches.paths]).log().to(device, non_blocking=True)
+        return cls(tokens, parents, depths, scores, None, origins)
+
     def to(self, device: torch.device) -> "DraftTree":
         """Return the tree on `device`."""
         if self.tokens.device == device:
             return self
         parts = (self.tokens, self.parents, self.depths, self.scores)
         tokens, parents, depths, scores = (part.to(device) for part in parts)
-        return DraftTree(tokens, parents, depths, scores, self.rows, self._lists)
+        return DraftTree(tokens, parents, depths, scores, self.rows, self.origins, self._lists)
 
     def lists(self, more: Tensor | None = None) -> list[list[int]]:
-        """Return tokens, parents, rows and `more`, int64 [T], as lists: one transfer from the device for all of them.
+        """Return tokens, parents, rows, origins and `more`, int64 [T], as lists: one transfer for all of them.
 
         Without `more` they are those of the last call.
         """
         if more is not None or not self._lists:
-            rows = self.parents if self.rows is None else self.rows.to(self.tokens.device)
-            parts = [self.tokens, self.parents, rows, *([] if more is None else [more.to(self.tokens.device)])]
+            unknown = torch.zeros_like(self.tokens)
+            found = [self.parents if self.rows is None else self.rows]
+            found += [unknown if self.origins is None else self.origins, *([] if more is None else [more])]
+            parts = [self.tokens, self.parents, *(each.to(self.tokens.device) for each in found)]
             self._lists[:] = torch.stack(parts).tolist()
         return self._lists
 
@@ -124,11 +154,11 @@ def grow(
     device = root_logits.device
     scores, columns = torch.log_softmax(root_logits.float(), -1).topk(beam)
     tokens = columns if vocabulary is None else vocabulary[columns]
-    pool = _Pool(tokens, scores, torch.zeros(beam, dtype=torch.long, device=device))
+    pool = Pool(tokens, scores, torch.zeros(beam, dtype=torch.long, device=device))
     frontier = torch.arange(1, beam + 1, device=device)  # candidate ids; 0 is the root
     eye = torch.eye(beam, dtype=torch.bool, device=device)
     mask, expanded = eye, []
-    gain = pool.expected_tokens(plan) if plan.threshold is not None else 0.0
+    gain = pool.expected_tokens(plan.nodes) if plan.threshold is not None else 0.0
     for level in range(plan.depth):
         child_scores, columns = torch.log_softmax(expand(tokens, mask, level).float(), -1).topk(beam)
         child_tokens = columns if vocabulary is None else vocabulary[columns]
@@ -137,13 +167,13 @@ def grow(
             child_tokens.flatten(), (scores[:, None] + child_scores).flatten(), frontier.repeat_interleave(beam)
         )
         if plan.threshold is not None:
-            before, gain = gain, pool.expected_tokens(plan)
+            before, gain = gain, pool.expected_tokens(plan.nodes)
             if gain - before < plan.threshold:
                 break
         scores, picked = pool.scores[-1].topk(beam)
         tokens, frontier = child_tokens.flatten()[picked], first + picked
         mask = torch.cat([mask[picked // beam], eye], dim=1)
-    return pool.select(root, plan, expanded)
+    return DraftTree(*pool.select(root, plan.nodes, expanded, plan.scale, plan.branches))
 
 
 def _grow_shape(
@@ -157,7 +187,7 @@ def _grow_shape(
     """Grow a tree of so many nodes a level, the best by score of all children of the level above (LongSpec's)."""
     device, columns = root_logits.device, root_logits.shape[-1]
     scores, picked = torch.log_softmax(root_logits.float(), -1).topk(min(shape[0], columns))
-    pool = _Pool(picked if vocabulary is None else vocabulary[picked], scores, torch.zeros_like(picked))
+    pool = Pool(picked if vocabulary is None else vocabulary[picked], scores, torch.zeros_like(picked))
     mask, expanded = torch.eye(len(picked), dtype=torch.bool, device=device), []
     for level, width in enumerate(shape[1:]):
         tokens, first = pool.tokens[-1], pool.size + 1
@@ -167,45 +197,4 @@ def _grow_shape(
         above, column = picked // columns, picked % columns
         pool.add(column if vocabulary is None else vocabulary[column], scores, expanded[-1][above])
         mask = torch.cat([mask[above], torch.eye(len(picked), dtype=torch.bool, device=device)], dim=1)
-    return pool.select(root, Plan(pool.size + 1, plan.depth, plan.beam), expanded)
-
-
-class _Pool:
-    """All candidates of a growing tree in level order. Ids count from 1; 0 is the root."""
-
-    def __init__(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
-        self.tokens, self.scores, self.parents = [tokens], [scores], [parents]
-        self.size = tokens.shape[0]
-
-    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> int:
-        """Append one level and return the id of its first candidate."""
-        self.tokens.append(tokens)
-        self.scores.append(scores)
-        self.parents.append(parents)
-        self.size += tokens.shape[0]
-        return self.size - tokens.shape[0] + 1
-
-    def expected_tokens(self, plan: Plan) -> float:
-        """OPT-Tree's E(A): the sum of the path probabilities of the nodes that would be kept."""
-        scores = torch.cat(self.scores)
-        return scores.topk(min(plan.nodes - 1, len(scores))).values.exp().sum().item()
-
-    def select(self, root: int, plan: Plan, expanded: list[Tensor]) -> DraftTree:
-        """Keep the best nodes. The stable sort of level order never ranks a child above its parent on a tie."""
-        scores, device = torch.cat(self.scores), self.scores[0].device
-        kept = torch.sort(scores, descending=True, stable=True).indices[: plan.nodes - 1].sort().values
-        index = torch.zeros(self.size + 1, dtype=torch.long, device=device)
-        index[kept + 1] = torch.arange(1, len(kept) + 1, device=device)
-        levels = torch.cat([torch.full_like(each, i + 1) for i, each in enumerate(self.tokens)])
-        zero = torch.zeros(1, dtype=torch.long, device=device)
-        row_of = torch.full_like(index, -1)
-        if expanded:
-            fed = torch.cat(expanded)
-            row_of[fed] = torch.arange(len(fed), device=device)
-        return DraftTree(
-            tokens=torch.cat([zero + root, torch.cat(self.tokens)[kept]]),
-            parents=torch.cat([zero - 1, index[torch.cat(self.parents)[kept]]]),
-            depths=torch.cat([zero, levels[kept]]),
-            scores=torch.cat([zero.float(), scores[kept]]),
-            rows=torch.cat([zero - 1, row_of[kept + 1]]),
-        )
+    return DraftTree(*pool.select(root, pool.size + 1, expanded, plan.scale, None))

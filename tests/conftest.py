@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
+from specx.config import DRAFT_ALONE, Settings
 from specx.hf import HFModel
 
 torch.set_num_threads(1)  # threads only wait for each other on models this small
@@ -51,11 +52,15 @@ def noised(model: Any, std: float, seed: int = 1) -> Any:
     return twin
 
 
+# The draft alone and its whole tree in every round, as most tests want it.
+FIXED = Settings().override(**DRAFT_ALONE)
+
+
 def pair(target: Any, draft: Any, draft_context: int = 128, backend: str = "auto", **kwargs: Any) -> SpeculativeModel:
     """A target and a classic draft without tokenizer, ids only."""
     engine = HFModel(target, backend)
     plug = ClassicModel("tiny", HFModel(draft, backend), engine.vocab_size, draft_context, "the test")
-    return SpeculativeModel(engine, plug, None, **kwargs)
+    return SpeculativeModel(engine, plug, None, **({"settings": FIXED} | kwargs))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import FIXED
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -113,7 +114,7 @@ def save(folder: Path, config: dict[str, Any], tensors: Tensors, file: str = "py
 def couple(target: PreTrainedModel | HFModel, folder: str, context: int | None = None) -> SpeculativeModel:
     """A target with the head in a folder, ids only."""
     engine = target if isinstance(target, HFModel) else HFModel(target)
-    return SpeculativeModel(engine, load_eagle(folder, folder, engine, context), None)
+    return SpeculativeModel(engine, load_eagle(folder, folder, engine, context), None, FIXED)
 
 
 def prompt_of(count: int) -> torch.Tensor:

@@ -145,7 +145,9 @@ class TestStream:
     def test_the_trace_has_a_record_a_step(self, model):
         out = model.generate(TEXT, max_new_tokens=20, trace=True)
         assert len(out.trace) == out.stats["steps"]
-        assert all(record.keys() == {"tokens", "parents", "scores", "path", "kept_chunks"} for record in out.trace)
+        keys = {"tokens", "parents", "scores", "path", "sources", "kept_chunks"}
+        assert all(record.keys() == keys for record in out.trace)
+        assert all(len(record["sources"]) == len(record["path"]) for record in out.trace)
         for record in out.trace:
             assert record["parents"][0] == -1
             assert len(record["tokens"]) == len(record["parents"]) == len(record["scores"])

@@ -13,7 +13,9 @@ import specx
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports its own layer and those before it.
 LAYERS = [
-    {"config", "tree", "costs"},
+    {"config", "branches", "costs"},
+    {"candidates"},
+    {"tree", "lookup"},
     {"backends", "cache", "retrieval", "acceptance", "kernels", "kernel_plans", "kernel_checks", "kernel_launch"}
     | {"kernel_attention", "kernel_scores", "kernel_commit"},
     {"static_attention"},
@@ -23,15 +25,17 @@ LAYERS = [
     {"sampling", "hf", "hf_check", "text"},
     {"target", "draft", "rotary"},
     {"profiles"},
-    {"controller", "store", "generation"},
+    {"step_costs", "store", "generation", "sources"},
+    {"worth", "draft_cache"},
+    {"controller", "auto_controller"},
     {"decoding"},
     {"data"},
     {"adapters"},
     {"api"},
     {"doctor", "retrofit_check", "training", "eval"},
     {
-        *("cli", "cli_bench", "cli_eval", "cli_options", "cli_report", "cli_retrofit", "cli_train", "cli_tune"),
-        *("output", "progress", "__main__"),
+        *("cli", "cli_bench", "cli_controller", "cli_eval", "cli_options", "cli_report", "cli_retrofit", "cli_train"),
+        *("cli_tune", "output", "progress", "__main__"),
     },
 ]
 # Plain tables and dataclasses: anyone above config may read them, and they may not import torch.

@@ -70,13 +70,13 @@ class TestOutput:
         screen = Screen()
         monkeypatch.setattr(sys, "stdout", screen)
         monkeypatch.setattr(click, "echo", lambda: screen.write("\n"))
-        steps = ([Segment(text, False)] for text in ("a", "\x1b[31mred", "b"))  # escapes are text: not stripped
+        steps = ([Segment(text, "target")] for text in ("a", "\x1b[31mred", "b"))  # escapes are text: not stripped
         assert output.stream(steps, True) is False
         assert screen == ["a", "|", "\x1b[31mred", "|", "b", "|", "\n"]
 
     def test_colours_on_a_terminal_only(self, monkeypatch, capsys):
         def steps():
-            yield [Segment("drafted", True), Segment("chosen", False)]
+            yield [Segment("drafted", "draft"), Segment("chosen", "target")]
 
         output.stream(steps(), True)
         assert capsys.readouterr().out == "draftedchosen\n"
@@ -376,7 +376,7 @@ class TestInterrupts:
                 for text in "abc":
                     if text == "b":
                         signal.raise_signal(signal.SIGINT)
-                    yield [Segment(text, False)]
+                    yield [Segment(text, "target")]
             finally:
                 closed.append(True)
 
@@ -390,7 +390,7 @@ class TestInterrupts:
     def test_ctrl_c_that_acts_at_once(self, capsys, first, presses):
         def steps():
             if first:
-                yield [Segment(first, False)]
+                yield [Segment(first, "target")]
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
             pytest.fail("went on")
@@ -492,7 +492,7 @@ ISSUE = """target draft use-specextend no-specextend input prompt chat no-chat m
     top-k top-p repetition-penalty seed stop policy draft-context chunk-size top-chunks retrieve-every sinks recent
      refill store score-heads score-layer nodes depth beam tree-threshold tree-shape backend dtype device device-map
      quantization
-     draft-vocab draft-vocab-size window-alignment
+     draft-vocab draft-vocab-size window-alignment lookup no-lookup controller explain
      pack-weights no-pack-weights graphs no-graphs profile no-profile
     trust-remote-code flash-prefill no-flash-prefill hybrid-attention no-hybrid-attention compare stats-json verbose
     debug help"""

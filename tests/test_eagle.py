@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import FIXED, tiny_llama
 from heads import EAGLE1, EAGLE3, couple, fitted, flat_config, head_tensors, prompt_of, save, tiny_target
 from test_lossless import assert_same, own_tokens
 
@@ -18,7 +18,7 @@ import specx.target
 from specx.acceptance import Walk
 from specx.adapters.eagle import EagleDraft
 from specx.adapters.eagle_head import EagleHead
-from specx.config import CacheConfig, Settings
+from specx.config import CacheConfig
 from specx.decoding import decode
 from specx.generation import Generation
 from specx.target import Target
@@ -265,7 +265,7 @@ class TestSharedTargets:
 
     def run(self, pair, ids, target):
         out = Generation(len(ids), trace=[])
-        settings = Settings().override(max_new_tokens=30, draft_context=96, chunk_size=8)
+        settings = FIXED.override(max_new_tokens=30, draft_context=96, chunk_size=8)
         for _ in decode(pair.engine, pair.draft, ids, settings, out, lambda _: False, target=target):
             pass
         return out

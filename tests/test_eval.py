@@ -182,8 +182,8 @@ class TestParsing:
         assert [spec.drafts for spec in specs] == [False, False, True, True]
         assert [options_of(spec) for spec in specs[1:]] == [
             {"plain": True},
-            {"policy": "retrieval", **specs[2].options},
-            {"policy": "full", "nodes": 4},
+            {"policy": "retrieval", "lookup": False, "controller": "off", **specs[2].options},
+            {"policy": "full", "lookup": False, "controller": "off", "nodes": 4},
         ]
         assert [spec.name for spec in parse_methods(",".join(KNOWN))] == list(KNOWN)
         assert parse_methods("all") == parse_methods(",".join(KNOWN))
@@ -199,7 +199,7 @@ class TestParsing:
             ("full:", "written name=value"),
             ("full:nodes", "written name=value, separated by colons; got 'nodes'"),
             ("full:noodes=3", "'full:noodes=3' has no option 'noodes'; did you mean 'nodes'"),
-            ("ar:nodes=3", "method 'ar' takes no options; full, window, retrieval, auto do"),
+            ("ar:nodes=3", "method 'ar' takes no options; full, window, retrieval, auto and specx do"),
             ("plain:nodes=3", "method 'plain' takes no options"),
             ("full:nodes=3:nodes=4", "sets nodes twice"),
             ("full,window,full", "method full is given twice"),
@@ -225,7 +225,7 @@ class TestBuilding:
         for name, run in runs.items():
             assert run.figures["ttft_seconds"] > 0
             assert run.figures["decode_tokens_per_second"] > 0
-            assert ("steps" in run.figures) == (name in ("plain", *POLICIES, *ABLATION))
+            assert ("steps" in run.figures) == (name in ("plain", "lookup", "specx", *POLICIES, *ABLATION))
         assert runs["plain"].figures["steps"] == runs["plain"].figures["emitted"] == 11
         assert runs["window"].figures["policy"] == "window"
 

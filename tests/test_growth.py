@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import noised, pair
+from conftest import FIXED, noised, pair
 
-from specx.config import Settings
 from specx.eval.growth import PAIRS, PairShape, Shape, grow, grown_pair, head_sources, layer_places, rotary_places
 from specx.hf import HFModel
 from specx.target import Target
@@ -157,7 +156,7 @@ def test_refusals(tiny, changes, message):
 
 def test_a_grown_pair_drafts_and_accepts_as_the_small_one(tiny, prompt_of):
     draft = noised(tiny, 0.02)
-    small = pair(tiny, draft, settings=Settings().override(draft_context=128))
+    small = pair(tiny, draft, settings=FIXED.override(draft_context=128))
     shape = PairShape("both", SHAPES["all"], SHAPES["all, KV heads twice"])
     grown = grown_pair(small, shape)
     assert grown.draft.draft_context == small.draft.draft_context

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import noised, tiny_llama
+from conftest import FIXED, noised, tiny_llama
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import specx.adapters.classic
@@ -143,7 +143,7 @@ def couple(
     engine = HFModel(target, backend, hybrid=hybrid)
     twin = noised(target, draft) if isinstance(draft, float) else draft
     plug = ClassicModel("tiny", HFModel(twin, backend, hybrid=hybrid), engine.vocab_size, draft_context, "the test")
-    return SpeculativeModel(engine, plug, None)
+    return SpeculativeModel(engine, plug, None, FIXED)
 
 
 def own_tokens(model: PreTrainedModel, ids: torch.Tensor, new: int, **options: Any) -> list[int]:

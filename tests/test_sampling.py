@@ -169,25 +169,49 @@ def test_seeds_reproduce(mode):
     def draws(seed):
         own = chooser([], temperature=1.0, seed=seed)
         own.mode = mode
-        return [walk(tree, own.choose(logits, tree, ids[:-1])).tokens for _ in range(10)]
+        texts = (torch.cat([ids, torch.zeros(more, dtype=torch.long)]) for more in range(10))
+        return [walk(tree, own.choose(logits, tree, text)).tokens for text in texts]
 
     assert draws(5) == draws(5)
     assert draws(5) != draws(6)
-    assert len(set(draws(5))) > 1  # and one generator goes on from draw to draw
+    assert len(set(draws(5))) > 1, "every position has a number of its own"
 
 
-def test_draws_of_the_nodes_are_independent():
-    """Same logits at all nodes: if one number decided all of them, their tokens would be equal."""
-    logits = torch.zeros(1, 4).expand(4000, 4)
-    tree = DraftTree.single(0)
-    tokens = chooser([], temperature=1.0).choose(logits, tree, torch.empty(0, dtype=torch.long))
+def test_draws_at_different_depths_are_independent():
+    """Same logits at all nodes of a chain: if one number decided all of them, their tokens would be equal."""
+    logits, nodes = torch.zeros(1, 4).expand(4000, 4), torch.arange(4000)
+    chain = DraftTree(nodes, nodes - 1, nodes, torch.zeros(4000))
+    tokens = chooser([], temperature=1.0).choose(logits, chain, torch.empty(0, dtype=torch.long))
     pairs = torch.bincount(tokens[::2] * 4 + tokens[1::2], minlength=16)
     assert (pairs - 125).abs().max() < 60  # 2000 pairs over 16 cells, five standard deviations
 
 
+def test_the_number_of_a_position_stays():
+    """Whatever trees are verified on the way: what one step did not emit, the next one draws again."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 50, generator=generator)
+    own, chain = (
+        chooser([], temperature=1.0),
+        DraftTree(*(torch.arange(9) + offset for offset in (0, -1, 0)), torch.zeros(9)),
+    )
+    ids = torch.arange(600)
+    whole = [int(own.choose(logits, DraftTree.single(0), ids[:at])) for at in range(20, 600)]
+    for at in (20, 33, 501, 590):
+        assert own.choose(logits.expand(9, 50), chain, ids[:at]).tolist()[: 600 - at] == whole[at - 20 :][:9]
+    assert len(set(whole)) > 20
+
+
+def test_impossible_tokens_are_never_drawn():
+    logits, nodes = torch.full((5000, 6), -torch.inf), torch.arange(5000)
+    logits[:, [1, 4]] = 0.0
+    chain = DraftTree(nodes, nodes - 1, nodes, torch.zeros(5000))
+    drawn = chooser([], temperature=1.0).choose(logits, chain, torch.empty(0, dtype=torch.long))
+    assert set(drawn.tolist()) == {1, 4}
+
+
 def test_global_random_state_is_left_alone():
     state = torch.get_rng_state()
-    chooser([], temperature=1.0).choose(torch.zeros(3, 4), DraftTree.single(0), torch.empty(0, dtype=torch.long))
+    chooser([], temperature=1.0).choose(torch.zeros(1, 4), DraftTree.single(0), torch.empty(0, dtype=torch.long))
     assert torch.get_rng_state().equal(state)
 
 

@@ -216,7 +216,10 @@ def test_walk_alone_has_the_law_of_its_nodes():
 
     leave(0, (), 1.0)
     chooser = TokenChooser(LogitsProcessorList(), SamplingConfig(temperature=1.0), torch.device("cpu"))
-    draws = chooser.choose(logits.repeat(100_000, 1), tree, torch.empty(0, dtype=torch.long))
+    # One tree behind the other, at positions of their own, as steps are.
+    depths = tree.depths.repeat(100_000) + 3 * torch.arange(100_000).repeat_interleave(5)
+    many = DraftTree(tree.tokens.repeat(100_000), tree.parents.repeat(100_000), depths, tree.scores.repeat(100_000))
+    draws = chooser.choose(logits.repeat(100_000, 1), many, torch.empty(0, dtype=torch.long))
     counts = Counter(walk(tree, draws[first : first + 5]).tokens for first in range(0, len(draws), 5))
     assert len(law) == 2 + 2 + 4 + 4 + 4
     samples = sum(counts.values())

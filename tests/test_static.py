@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from conftest import noised, tiny_llama
+from conftest import FIXED, noised, tiny_llama
 from test_lossless import FAMILIES, assert_same, family, own_tokens, untouched
 
 from specx.adapters.classic import ClassicModel
@@ -20,7 +20,9 @@ from specx.tree import DraftTree
 def static_couple(name: str, draft_context: int = 64) -> SpeculativeModel:
     target = family(name)
     engine, small = HFModel(target, graphs=True), HFModel(noised(target, 0.01), graphs=True)
-    return SpeculativeModel(engine, ClassicModel("tiny", small, engine.vocab_size, draft_context, "the test"), None)
+    return SpeculativeModel(
+        engine, ClassicModel("tiny", small, engine.vocab_size, draft_context, "the test"), None, FIXED
+    )
 
 
 # phi3-longrope looks at its positions on the host: it must stay ordinary and right.

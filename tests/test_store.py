@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import noised, pair, tiny_llama
+from conftest import FIXED, noised, pair, tiny_llama
 from test_lossless import assert_same, family, own_tokens
 
 import specx.adapters.classic
@@ -511,7 +511,7 @@ def test_attention_switches(name, flash, hybrid, prompt_of, monkeypatch):
     monkeypatch.setattr(Call, "attend", watch)
     monkeypatch.setattr(specx.hf_attention.attention, "hybrid_tree_attention", watch_hybrid)
     plug = ClassicModel("tiny", engines[1], 96, 512, "the test")
-    out = SpeculativeModel(engines[0], plug, None).generate(ids, max_new_tokens=16, policy="full")
+    out = SpeculativeModel(engines[0], plug, None, FIXED).generate(ids, max_new_tokens=16, policy="full")
     assert_same(target, ids, out.tokens, own)
     assert out.stats["tau"] > 1.0
     prefill, tree = ("hybrid" if flash else "dense"), ("hybrid" if hybrid else "dense")

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import torch
-from conftest import noised, tiny_llama
+from conftest import FIXED, noised, tiny_llama
 from specx import attention, hf, static_attention
 from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
@@ -30,7 +30,7 @@ for name in ("tree_attention", "commit_rows"):
     setattr(static_attention.kernel_launch(), name, watched)
 engine, small = HFModel(target, graphs=True), HFModel(noised(target, 0.01), graphs=True)
 assert engine.backend == "triton" and engine.no_graphs is None
-couple = SpeculativeModel(engine, ClassicModel("tiny", small, engine.vocab_size, 64, "the test"), None)
+couple = SpeculativeModel(engine, ClassicModel("tiny", small, engine.vocab_size, 64, "the test"), None, FIXED)
 out = couple.generate(ids, max_new_tokens=16, policy="auto")
 assert out.tokens == own, (out.tokens, own)
 assert out.stats["tau"] > 1.3, out.stats["tau"]

@@ -14,7 +14,7 @@ from specx.adapters.hub import fetch
 from specx.adapters.loader import load_draft
 from specx.adapters.names import locate
 from specx.api import SpeculativeModel
-from specx.config import Checked, LoadConfig
+from specx.config import DRAFT_ALONE, Checked, LoadConfig
 from specx.hf import HFModel
 from specx.training.data import Tokens
 from specx.training.kinds import KINDS, Kind
@@ -133,7 +133,7 @@ def acceptance(kind: Kind, folder: Path, prompts: list[list[int]], new: int) -> 
     draft = load_draft(str(folder), str(folder), kind.target, None, LoadConfig(device=str(kind.target.device)))
     model, emitted, steps = SpeculativeModel(kind.target, draft, None), 0, 0
     for prompt in prompts:
-        out = model.generate(prompt, max_new_tokens=new)
+        out = model.generate(prompt, max_new_tokens=new, **DRAFT_ALONE)
         emitted, steps = emitted + out.emitted, steps + out.steps
     return {"tau": emitted / steps if steps else None, "prompts": len(prompts)}
 

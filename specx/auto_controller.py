@@ -1,0 +1,255 @@
+"""The controller that chooses each round by expected tokens a millisecond. No choice changes the output.
+
+What the context offers is known before the round, what the draft is worth is measured by depth (`worth.DraftWorth`),
+and so is what each shape of round costs (`step_costs.StepCosts`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from specx.branches import Branches, Calibration
+from specx.config import TreeConfig
+from specx.controller import Round
+from specx.static import BUCKETS
+from specx.step_costs import PLAIN, Shape, StepCosts
+from specx.tree import Plan
+from specx.worth import DraftWorth
+
+_STAY = 1.05  # how much better the other choice, with or without the draft, must be
+_SAME = 1.02  # the same among shapes of the draft's tree
+_VISIT = 8  # rounds over which the cost of catching up is spread
+_PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
+_PROBE_EVERY, _PROBE_AT_MOST = 8, 96  # tokens between two probes, doubled after each that fails
+_PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
+_LOOK_AGAIN = 8  # rounds after which costs are looked up again
+_FED_ANYWAY = 8  # waiting tokens that cost no more than one
+_ALONE = Plan(1, 0, 1, draft=False)
+
+
+@dataclass(slots=True)
+class Choice:
+    """One thing that a round may do, and what is expected of it."""
+
+    plan: Plan
+    shape: Shape
+    tokens: float
+    ms: float
+
+    @property
+    def mode(self) -> str:
+        """plain, lookup, chain or tree."""
+        if self.shape.levels:
+            return "chain" if self.plan.beam == 1 else "tree"
+        return "lookup" if self.plan.nodes > 1 else "plain"
+
+    @property
+    def rate(self) -> float:
+        """Expected tokens a millisecond."""
+        return self.tokens / self.ms
+
+    def __str__(self) -> str:
+        size = f" {self.plan.nodes} nodes" if self.plan.nodes > 1 else ""
+        levels = f" {self.shape.levels} levels" if self.shape.levels else ""
+        return f"{self.mode}{size}{levels} ({self.tokens:.2f} tokens in {self.ms:.2f} ms)"
+
+
+class AutoController:
+    """Chooses each round's plan by expected tokens a millisecond.
+
+    Args:
+        tree: The largest tree.
+        scale: Of both sources.
+        costs: What rounds cost; goes on learning.
+        drafts: Whether there is a draft model.
+        explain: Told each decision that differs in kind from the one before, in words; None: nobody is.
+
+    Attributes:
+        mode: Of the last plan: plain, lookup, chain, tree, or probe.
+    """
+
+    def __init__(
+        self, tree: TreeConfig, scale: Calibration, costs: StepCosts, drafts: bool, explain: list[str] | None = None
+    ) -> None:
+        self.tree, self.scale, self.costs, self.explain = tree, scale, costs, explain
+        self.mode = "plain"
+        plans = [replace(plan, scale=scale) for plan in _draft_shapes(tree)] if drafts else []
+        self._shapes = [(plan, Shape(plan.depth + 1, plan.nodes, plan.beam)) for plan in plans]
+        self._lookups = [Shape(0, size) for size in BUCKETS[1:] if size <= bucket(tree.nodes)]
+        self._rounds, self._known = 0, dict[Shape, float]()
+        families = list(dict.fromkeys((plan.nodes, plan.beam) for plan in plans))
+        self.worth = DraftWorth(families, tree.depth + 1)
+        self._last: Choice | None = None
+        self._drafting, self._since_draft = True, 0
+        self._probe_every, self._since_probe = _PROBE_EVERY, 0
+        self._spent = self._elapsed = 0.0
+        self._context = 0
+        self._plain_every, self._since_plain = _PLAIN_EVERY, 0
+
+    def plan(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Plan:
+        """Return the most promising plan, or one that finds something out."""
+        self._context = context
+        if self._rounds % _LOOK_AGAIN == 0:
+            self._known.clear()
+        self._rounds += 1
+        if remaining <= 1 or self.tree.nodes == 1:
+            return self._decide(self._plain(context), "no token beyond it is wanted", "plain")
+        free = self._without_draft(offer, context)
+        if not self._shapes:
+            return self._decide(free, "the best without a draft", free.mode)
+        drafted = self._with_draft(remaining, offer, context, waiting)
+        if self._wants_plain():
+            return self._decide(self._plain(context), "to know what a plain step costs", "plain")
+        margin = _STAY if self._drafting else 1 / _STAY
+        if drafted.rate * margin > free.rate:
+            return self._decide(drafted, f"better than {free}", drafted.mode)
+        probe = self._probe(remaining, offer, context, waiting)
+        if probe is not None and free.plan.nodes == 1:
+            return self._decide(probe, f"to see whether the draft pays again; otherwise {free}", "probe")
+        return self._decide(free, f"better than {drafted}", free.mode)
+
+    def learn(self, done: Round) -> str:
+        """Take note of cost and acceptance."""
+        self._note(done)
+        return self.mode
+
+    def _note(self, done: Round) -> None:
+        choice, costs = self._last, self.costs
+        assert choice is not None
+        self._elapsed += done.ms + done.refresh_ms
+        self._since_plain = 0 if choice.shape == PLAIN else self._since_plain + 1
+        shape = choice.shape
+        if done.nodes <= shape.nodes // 2 and not shape.levels:
+            shape = Shape(0, bucket(done.nodes))
+        if not choice.shape.levels:
+            costs.add(shape, done.context, done.ms)
+            self._since_draft += done.emitted
+            self._since_probe += done.emitted
+            return
+        late = done.waiting - _FED_ANYWAY
+        if late > 0:
+            usual = costs.ms(shape, done.context)
+            if costs.known(shape):
+                costs.add_catch_up(late, done.ms + done.refresh_ms - usual)
+        else:
+            costs.add(shape, done.context, done.ms)
+            costs.add_refresh(done.refresh_ms)
+        if self._since_draft:
+            self.worth.forget(self._since_draft)
+            self._since_draft = 0
+        self.worth.learn(choice.plan, done.path)
+        if self.mode == "probe":
+            self._after_probe(done)
+        else:
+            self._probe_every, self._since_probe = _PROBE_EVERY, 0
+
+    def _after_probe(self, done: Round) -> None:
+        plain = self.costs.ms(PLAIN, done.context)
+        self._spent = max(0.0, self._spent + done.ms + done.refresh_ms - done.emitted * plain)
+        self._since_probe = 0
+        self._probe_every = 0 if done.path else min(max(2 * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
+
+    def _decide(self, choice: Choice, why: str, mode: str) -> Plan:
+        if self.explain is not None and (mode != self.mode or self._last is None):
+            self.explain.append(f"after {self._context} tokens {mode}: {choice}; {why}")
+        self.mode, self._last = mode, choice
+        drafting = bool(choice.shape.levels) and mode != "probe"
+        if drafting and not self._drafting:
+            self._plain_every = _PLAIN_EVERY
+        self._drafting = drafting
+        return choice.plan
+
+    def _wants_plain(self) -> bool:
+        """Tell whether a plain step is to be timed: at first until it is known, then ever more rarely."""
+        if not self.costs.known(PLAIN):
+            return True
+        if self._since_plain < self._plain_every:
+            return False
+        self._plain_every = min(2 * self._plain_every, _PLAIN_AT_MOST)
+        return True
+
+    def _plain(self, context: int) -> Choice:
+        return Choice(_ALONE, PLAIN, 1.0, self._ms(PLAIN, context))
+
+    def _ms(self, shape: Shape, context: int) -> float:
+        """Return the cost of a shape, looked up again every few rounds."""
+        if self._rounds < 4 * _LOOK_AGAIN:
+            return self.costs.ms(shape, context)
+        if shape not in self._known:
+            self._known[shape] = self.costs.ms(shape, context)
+        return self._known[shape]
+
+    def _without_draft(self, offer: Branches | None, context: int) -> Choice:
+        """Return the best number of the offered nodes, possibly none."""
+        best = self._plain(context)
+        if not offer:
+            return best
+        expected, rate, limit = offer.expected(), best.rate, len(offer)
+        for shape in self._lookups:
+            count = min(shape.nodes, self.tree.nodes, limit + 1) - 1
+            tokens, ms = 1 + expected[count], self._ms(shape, context)
+            if tokens / ms > rate:
+                rate = tokens / ms
+                best = Choice(Plan(count + 1, 0, 1, draft=False, branches=offer), shape, tokens, ms)
+            if count == limit:
+                break
+        return best
+
+    def _with_draft(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Choice:
+        """Return the best shape of the draft's tree."""
+        late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context) / _VISIT if waiting > _FED_ANYWAY else 0.0
+        last = self._last.shape if self._last else None
+        expected, leads = (offer.expected(), offer.leading()) if offer else ([0.0], 0.0)
+        best, most = 0, -1.0
+        for number, (plan, shape) in enumerate(self._shapes):
+            tokens = self._tokens(plan, expected, leads)
+            rate = tokens / (self._ms(shape, context) + late) * (_SAME if shape == last else 1.0)
+            if rate > most:
+                best, most = number, rate
+        return self._drafted(best, remaining, offer, context, late)
+
+    def _tokens(self, plan: Plan, expected: list[float], leads: float) -> float:
+        """Return what a shape of the draft's tree promises beside what the context offers for the same nodes."""
+        levels = plan.depth + 1
+        room = max(0, plan.nodes - 1 - levels)
+        return (
+            1
+            + expected[min(room, len(expected) - 1)]
+            + (1 - leads) * self.worth.tokens((plan.nodes, plan.beam), levels)
+        )
+
+    def _drafted(self, number: int, remaining: int, offer: Branches | None, context: int, late: float) -> Choice:
+        plan, shape = self._shapes[number]
+        expected, leads = (offer.expected(), offer.leading()) if offer else ([0.0], 0.0)
+        tokens = min(self._tokens(plan, expected, leads), float(remaining))
+        plan = plan.within(remaining, offer)
+        if plan.depth + 1 != shape.levels:
+            shape = Shape(plan.depth + 1, plan.nodes, plan.beam)
+        return Choice(plan, shape, tokens, self._ms(shape, context) + late)
+
+    def _probe(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Choice | None:
+        """Return the cheapest look at the draft if one is due and what it may lose is within its share of the time."""
+        if self._since_probe < self._probe_every:
+            return None
+        late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context)
+        probe = self._drafted(0, remaining, offer, context, late)
+        loss = probe.ms - self._ms(PLAIN, context)
+        return probe if self._spent + loss <= _PROBE_SHARE * self._elapsed else None
+
+
+def bucket(nodes: int) -> int:
+    """Return the number of rows that a tree of so many nodes is padded to."""
+    return next(size for size in BUCKETS if size >= nodes)
+
+
+def _draft_shapes(tree: TreeConfig) -> Sequence[Plan]:
+    """Return the shapes of the draft's trees to choose from, few, as each may become a CUDA graph; cheapest first."""
+    depths = sorted({min(1, tree.depth), tree.depth // 2, tree.depth})
+    sizes = sorted({size for size in (tree.nodes // 2, tree.nodes) if size >= 4} | {tree.nodes})
+    chains = [Plan(min(tree.nodes, bucket(depth + 2)), depth, 1) for depth in depths]
+    trees = [
+        Plan(size, depth, tree.beam, tree.tree_threshold)
+        for depth in depths[-2:]
+        for size in sizes
+        if tree.beam > 1 and size >= depth + 2
+    ]
+    return [plan for plan in (*chains, *trees) if plan.nodes > 1]

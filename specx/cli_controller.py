@@ -1,0 +1,90 @@
+"""`specx bench controller`."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from specx.cli_options import model_options
+from specx.config import LoadConfig
+
+if TYPE_CHECKING:
+    from specx.api import SpeculativeModel
+
+
+@click.command("controller")
+@model_options
+@click.option("--data", default="stdlib", show_default=True, help="stdlib, a JSONL file or a folder of them.")
+@click.option("--lengths", default="2K,8K", show_default=True, help="Prompt lengths of the hopeless prompts.")
+@click.option("--samples", default=2, show_default=True, type=click.IntRange(1), help="Prompts a kind and length.")
+@click.option("--new", default=384, show_default=True, type=click.IntRange(16), help="Tokens generated after each.")
+@click.option("--stretch", default=512, show_default=True, type=click.IntRange(64), help="A third of the given text.")
+@click.option(
+    "--measure", default="adversarial,return", show_default=True, help="adversarial, return, or both, by commas."
+)
+@click.option("--out", metavar="DIR", required=True, help="Where rows.jsonl, summary.md and return.svg are written.")
+def controller(**given: Any) -> None:
+    """Measure that the controller is never slower than plain decoding, and returns when drafting pays again."""
+    wanted = [part.strip() for part in given["measure"].split(",")]
+    if not wanted or set(wanted) - {"adversarial", "return"}:
+        raise click.UsageError(f"--measure takes adversarial and return; got {given['measure']!r}")
+    out = Path(given["out"])
+    if (out / "rows.jsonl").exists():
+        raise click.UsageError(f"{out / 'rows.jsonl'} already holds results: give another --out, or remove it")
+    from specx.api import load
+    from specx.data.documents import parse_lengths
+
+    given["lengths"] = parse_lengths(given["lengths"])
+    options = {each.name: given[each.name] for each in fields(LoadConfig) if given[each.name] is not None}
+    model = load(given["target"], given["draft"], specextend=given["specextend"], **options)
+    if model.draft is None or model.tokenizer is None:
+        raise click.UsageError("the controller is measured with a draft, and a target that has a tokenizer")
+    _measure(model, given, wanted, out)
+
+
+def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str], out: Path) -> None:
+    from specx.data.documents import length_name, read_documents
+    from specx.eval import controller as measuring
+    from specx.eval.facts import facts_of
+
+    documents, rows = read_documents(given["data"], model.tokenizer), list[dict[str, Any]]()
+    lengths = given["lengths"]
+    measured = []
+    if "adversarial" in wanted:
+        measured.append(measuring.adversarial(model, documents, lengths, given["samples"], given["new"]))
+    if "return" in wanted:
+        measured.append(measuring.returning(model, documents, lengths[0], given["stretch"]))
+    named = ("target", "draft", "data", "lengths", "samples", "new", "stretch", "measure")
+    given = given | {"lengths": ",".join(map(length_name, lengths))}
+    parts = [f"--{name} {given[name]}" for name in named if given[name] is not None]
+    command = " ".join(["specx bench controller", *parts])
+    facts = facts_of(command, given["data"], given["target"], model)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with (out / "rows.jsonl").open("w", encoding="utf-8") as log:
+            for part in measured:
+                for row in part:
+                    rows.append(row)
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    if row["measure"] == "adversarial":
+                        rate = row["decode_tokens_per_second"]
+                        click.echo(f"{row['context']:>6} {row['prompt']:<20} {row['method']:<10} {rate:.1f}", err=True)
+    finally:
+        (out / "summary.md").write_text(measuring.markdown(facts, rows), encoding="utf-8")
+        _draw(rows, out)
+    click.echo(measuring.markdown({}, rows))
+
+
+def _draw(rows: list[dict[str, Any]], out: Path) -> None:
+    from specx.eval.controller import binned
+    from specx.eval.plot import along_the_text
+
+    mine = [row for row in rows if row["measure"] == "return"]
+    if mine:
+        stretch = mine[0]["stretch"]
+        series = {method: binned(mine, method) for method in dict.fromkeys(row["method"] for row in mine)}
+        title = f"code, {stretch} random tokens, code again, after {mine[0]['context']} tokens"
+        (out / "return.svg").write_text(along_the_text(series, [stretch, 2 * stretch], title), encoding="utf-8")

@@ -1,0 +1,146 @@
+"""What rounds cost, measured while decoding: milliseconds of each shape of round, by length of the context."""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Protocol
+
+_SAMPLES = 9  # the newest ones of a shape; their median does not mind a few that something else slowed down
+_ENOUGH, _MANY = 2, 5  # of them before they are believed at all (the lower of two is), and before another length's
+_DEARER_NODE, _DEARER_LEVEL, _WAITING = 0.02, 0.1, 0.005  # first guesses, of a plain step: low, so that all is tried
+
+
+class CostPrior(Protocol):
+    """Costs that are known before anything was decoded, from `specx tune`."""
+
+    def verify_ms(self, nodes: int, context: int) -> float:
+        """Return the milliseconds of verifying a tree of `nodes` nodes after `context` tokens."""
+        ...
+
+    def level_ms(self, context: int) -> float:
+        """Return the milliseconds of one level of a draft's tree after `context` tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A kind of round whose cost is one figure: levels that the draft drafts (0: it is not asked), rows, branching."""
+
+    levels: int
+    nodes: int
+    beam: int = 1
+
+
+PLAIN = Shape(0, 1)
+
+
+class StepCosts:
+    """Costs of one target with its draft. Outlives a generation: it knows nothing of any text.
+
+    Args:
+        prior: Where figures come from before there are own ones; they are scaled to the plain steps measured here.
+    """
+
+    def __init__(self, prior: CostPrior | None = None) -> None:
+        self.prior = prior
+        self._samples: dict[Shape, dict[int, deque[float]]] = {}
+        self._medians: dict[Shape, dict[int, float]] = {}
+        self._warm: set[Shape] = set()
+        self._refresh = 0.0  # mean milliseconds of rebuilding the draft's cache, a round with the draft
+        self._token: float | None = None  # of feeding a draft one token that waited
+
+    def add(self, shape: Shape, context: int, ms: float) -> None:
+        """Take note of a round; the first one of a shape, which may compile or capture, only warms it up."""
+        if shape not in self._warm:
+            self._warm.add(shape)
+            return
+        place = bucket_of(context)
+        samples = self._samples.setdefault(shape, {}).setdefault(place, deque(maxlen=_SAMPLES))
+        samples.append(ms)
+        if len(samples) >= _ENOUGH:
+            self._medians.setdefault(shape, {})[place] = median_low(samples)
+
+    def add_refresh(self, ms: float) -> None:
+        """Take note of what a round with the draft spent on rebuilding its cache, 0 for most."""
+        self._refresh += (ms - self._refresh) / 16
+
+    def add_catch_up(self, tokens: int, ms: float) -> None:
+        """Take note of a round that fed the draft `tokens` tokens more than usual and took `ms` longer."""
+        each = max(0.0, ms) / tokens
+        self._token = each if self._token is None else self._token + (each - self._token) / 4
+
+    def known(self, shape: Shape) -> bool:
+        """Tell whether a shape was measured, at any length."""
+        return shape in self._medians
+
+    def ms(self, shape: Shape, context: int) -> float:
+        """Return the expected milliseconds of a round; in units of a plain step while nothing was measured."""
+        own = self._measured(shape, bucket_of(context))
+        if own is None:
+            own = self._verify(shape.nodes, context) + shape.levels * self._level(shape.beam, context)
+        return own + (self._refresh if shape.levels else 0.0)
+
+    def catch_up_ms(self, tokens: int, context: int) -> float:
+        """Return the expected milliseconds of feeding the draft `tokens` waiting tokens more than usual."""
+        each = _WAITING * self._plain(context) if self._token is None else self._token
+        return max(0, tokens) * each
+
+    def _measured(self, shape: Shape, place: int) -> float | None:
+        found = self._medians.get(shape)
+        if not found:
+            return None
+        near = place
+        if place not in found or len(self._samples[shape][place]) < _MANY:
+            counts = {other: min(len(self._samples[shape][other]), _MANY) for other in found}
+            near = min(found, key=lambda other: (-counts[other], abs(other - place)))
+        plain = self._medians.get(PLAIN, {})
+        scale = plain[place] / plain[near] if place in plain and near in plain and shape != PLAIN else 1.0
+        return found[near] * scale
+
+    def _verify(self, nodes: int, context: int) -> float:
+        place = bucket_of(context)
+        own = self._measured(Shape(0, nodes), place)
+        if own is not None:
+            return own
+        plain = self._plain(context)
+        if self.prior is not None:
+            return plain * self.prior.verify_ms(nodes, context) / self.prior.verify_ms(1, context)
+        most = max((each.nodes for each in self._medians if each.levels == 0 and 1 < each.nodes < nodes), default=0)
+        if not most:
+            return plain * _dearer(nodes)
+        below = self._measured(Shape(0, most), place) or plain
+        return max(below, plain + (below - plain) * (nodes - 1) / (most - 1))
+
+    def _plain(self, context: int) -> float:
+        """Return the milliseconds of a plain step, from those of other shapes where it was not measured."""
+        place = bucket_of(context)
+        own = self._measured(PLAIN, place)
+        if own is None and self._medians:
+            shape = min(self._medians, key=lambda each: (each.levels, each.nodes))
+            own = (self._measured(shape, place) or 0.0) / _dearer(shape.nodes, shape.levels)
+        if own is None:
+            own = 1.0 if self.prior is None else self.prior.verify_ms(1, context)
+        return own
+
+    def _level(self, beam: int, context: int) -> float:
+        place = bucket_of(context)
+        shapes = [each for each in self._medians if each.levels and each.beam == beam]
+        shapes = shapes or [each for each in self._medians if each.levels]
+        if shapes:
+            known = max(shapes, key=lambda each: each.levels)
+            whole = self._measured(known, place) or 0.0
+            return max(whole - self._verify(known.nodes, context), 0.02 * whole) / known.levels
+        if self.prior is not None:
+            scale = self._plain(context) / self.prior.verify_ms(1, context)
+            return self.prior.level_ms(context) * scale
+        return _DEARER_LEVEL * self._plain(context)
+
+
+def _dearer(nodes: int, levels: int = 0) -> float:
+    return 1 + _DEARER_NODE * (nodes - 1) + _DEARER_LEVEL * levels
+
+
+def bucket_of(context: int) -> int:
+    """Return which bucket a context length falls into: two an octave, from 256 tokens."""
+    return int(2 * math.log2(max(context, 256)))
