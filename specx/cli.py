@@ -110,7 +110,8 @@ def _texts(given: dict[str, Any]) -> list[str] | None:
         return [check_text(prompt, "the prompt")]
     if source is not None:
         return read_prompts(source, given["max_samples"])
-    if {given["target"], given["draft"]} - {None, "demo"} or given["chat"]:
+    bundled = {name for name, known in DRAFTS.items() if known.target == "demo"}
+    if not {given["target"], given["draft"]} <= {None, "demo", *bundled} or given["chat"]:
         raise click.UsageError("nothing to complete: give --prompt TEXT or --input FILE (- for standard input)")
     return None
 
