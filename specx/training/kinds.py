@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,25 @@ from specx.hf_config import positions_of
 from specx.training.classic import ClassicTask, fresh_model
 from specx.training.data import Tokens
 from specx.training.eagle import TrainableHead, head_config
-from specx.training.longspec import LongSpecLoss, LongSpecTask, fresh_block, longspec_config, published_tensors
+from specx.training.longspec import (
+    MAX_OFFSET,
+    LongSpecLoss,
+    LongSpecTask,
+    fresh_block,
+    longspec_config,
+    published_tensors,
+)
 from specx.training.options import ClassicConfig, Eagle3Config, LongSpecConfig
 
 _EAGLE3_LAYERS = 6  # of a target, so that the three that it reads differ
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a draft starts from: another one's files, or None; and the positions that its windows have."""
+
+    draft: str | None
+    positions: int
 
 
 class Kind:
@@ -66,14 +82,14 @@ class Kind:
 class LongSpecKind(Kind):
     """A LongSpec block."""
 
-    def __init__(self, target: HFModel, tokenizer: Any, config: LongSpecConfig, tokens: Tokens, start: Any) -> None:
+    def __init__(self, target: HFModel, tokenizer: Any, config: LongSpecConfig, tokens: Tokens, start: Start) -> None:
         super().__init__(target, tokenizer)
         how = LongSpecLoss(
             anchor_offset=config.anchor_offset is not False,
             noisy=config.noisy is not False,
             lag=config.lag,
             distill=config.distill,
-            positions=positions_of(target.config) or LongSpecLoss.positions,
+            positions=positions_of(target.config) or MAX_OFFSET,
         )
         if start.draft is None:
             self.block = fresh_block(target, config.intermediate)
@@ -103,7 +119,7 @@ class _HeadTask(nn.Module):
 class Eagle3Kind(Kind):
     """An EAGLE-3 head, in the official layout."""
 
-    def __init__(self, target: HFModel, tokenizer: Any, config: Eagle3Config, tokens: Tokens, start: Any) -> None:
+    def __init__(self, target: HFModel, tokenizer: Any, config: Eagle3Config, tokens: Tokens, start: Start) -> None:
         super().__init__(target, tokenizer)
         layers, known = target.config.num_hidden_layers, target.vocab_size
         if layers < _EAGLE3_LAYERS:
@@ -140,7 +156,7 @@ def _official(path: str) -> tuple[dict[str, Tensor], Tensor | None]:
 class ClassicKind(Kind):
     """A small language model with the target's tokenizer."""
 
-    def __init__(self, target: HFModel, tokenizer: Any, config: ClassicConfig, tokens: Tokens, start: Any) -> None:
+    def __init__(self, target: HFModel, tokenizer: Any, config: ClassicConfig, tokens: Tokens, start: Start) -> None:
         super().__init__(target, tokenizer)
         if start.draft is None:
             self.model: Any = fresh_model(config, target, start.positions)

@@ -17,19 +17,11 @@ from specx.api import SpeculativeModel
 from specx.config import Checked, LoadConfig
 from specx.hf import HFModel
 from specx.training.data import Tokens
-from specx.training.kinds import KINDS, Kind
+from specx.training.kinds import KINDS, Kind, Start
 from specx.training.loop import Batch, Course, Loop, warmup_cosine
 from specx.training.options import TrainConfig
 
 _FREE = {"save_seconds", "rows", "measure_every", "measure_prompts", "measure_context", "measure_tokens", "precision"}
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What a draft starts from: another one's files, or None; and the positions that its windows have."""
-
-    draft: str | None
-    positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +138,7 @@ def check_folder(job: Job) -> None:
     """
     options = {"kind": job.kind, "target": job.target, "data": job.data, "init": job.init}
     options |= {name: value for name, value in asdict(job.config).items() if name not in _FREE}
-    options |= asdict(job.own)  # type: ignore[call-overload]
+    options |= asdict(job.own)
     file = job.out / "train.json"
     if file.is_file():
         before = json.loads(file.read_text())
