@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ from specx.training.longspec import (
 from specx.training.options import ClassicConfig, Eagle3Config, LongSpecConfig
 
 _EAGLE3_LAYERS = 6  # of a target, so that the three that it reads differ
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a draft starts from: another one's files, or None; and the positions that its windows have."""
+
+    draft: str | None
+    positions: int
 
 
 class Kind:
@@ -73,7 +82,7 @@ class Kind:
 class LongSpecKind(Kind):
     """A LongSpec block."""
 
-    def __init__(self, target: HFModel, tokenizer: Any, config: LongSpecConfig, tokens: Tokens, start: Any) -> None:
+    def __init__(self, target: HFModel, tokenizer: Any, config: LongSpecConfig, tokens: Tokens, start: Start) -> None:
         super().__init__(target, tokenizer)
         how = LongSpecLoss(
             anchor_offset=config.anchor_offset is not False,
@@ -110,7 +119,7 @@ class _HeadTask(nn.Module):
 class Eagle3Kind(Kind):
     """An EAGLE-3 head, in the official layout."""
 
-    def __init__(self, target: HFModel, tokenizer: Any, config: Eagle3Config, tokens: Tokens, start: Any) -> None:
+    def __init__(self, target: HFModel, tokenizer: Any, config: Eagle3Config, tokens: Tokens, start: Start) -> None:
         super().__init__(target, tokenizer)
         layers, known = target.config.num_hidden_layers, target.vocab_size
         if layers < _EAGLE3_LAYERS:
@@ -147,7 +156,7 @@ def _official(path: str) -> tuple[dict[str, Tensor], Tensor | None]:
 class ClassicKind(Kind):
     """A small language model with the target's tokenizer."""
 
-    def __init__(self, target: HFModel, tokenizer: Any, config: ClassicConfig, tokens: Tokens, start: Any) -> None:
+    def __init__(self, target: HFModel, tokenizer: Any, config: ClassicConfig, tokens: Tokens, start: Start) -> None:
         super().__init__(target, tokenizer)
         if start.draft is None:
             self.model: Any = fresh_model(config, target, start.positions)

@@ -17,19 +17,11 @@ from specx.api import SpeculativeModel
 from specx.config import DRAFT_ALONE, Checked, LoadConfig
 from specx.hf import HFModel
 from specx.training.data import Tokens
-from specx.training.kinds import KINDS, Kind
+from specx.training.kinds import KINDS, Kind, Start
 from specx.training.loop import Batch, Course, Loop, warmup_cosine
 from specx.training.options import TrainConfig
 
 _FREE = {"save_seconds", "rows", "measure_every", "measure_prompts", "measure_context", "measure_tokens", "precision"}
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What a draft starts from: another one's files, or None; and the positions that its windows have."""
-
-    draft: str | None
-    positions: int
 
 
 @dataclass(frozen=True, slots=True)
