@@ -50,7 +50,7 @@ _HOW: dict[str, dict[str, Any]] = {
     **{name: {"policy": name} | DRAFT_ALONE for name in POLICIES},
     **{name: {"policy": part[0]} | DRAFT_ALONE for name, part in ABLATION.items()},
     "plain": {"plain": True},
-    "lookup": {"controller": "off"},
+    "lookup": {"lookup": True, "controller": "off"},
     "specx": {"lookup": True, "controller": "auto"},
 }
 

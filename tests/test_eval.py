@@ -254,7 +254,7 @@ class TestBuilding:
         assert names == list(KNOWN)
         bare = pair(tiny, tiny)
         bare.draft = None
-        assert [spec.name for spec in fitting(parse_methods("all"), bare)] == ["ar", "hf-lookup", "plain"]
+        assert [spec.name for spec in fitting(parse_methods("all"), bare)] == ["ar", "hf-lookup", "plain", "lookup"]
         bare.draft = SimpleNamespace(name="a head")
         assert [spec.name for spec in fitting(parse_methods("all"), bare)] == [n for n in KNOWN if n != "hf-assisted"]
 
