@@ -13,7 +13,7 @@ from rich.text import Text
 
 from specx.data.documents import length_name
 from specx.eval.acceptance import BUCKET
-from specx.eval.methods import ABLATION
+from specx.eval.methods import ABLATION, POLICIES
 from specx.eval.metrics import acceptance_rates, efficiency, paired_bootstrap_tau, pooled_tau
 from specx.eval.summary import accepted, place_of, plain_rates
 
@@ -134,8 +134,9 @@ def position_tables(rows: list[Row], kind: str) -> list[Table]:
 def _became(rows: list[Row]) -> str:
     """Say which methods had to run under another policy than theirs."""
     found = {(row["method"], row["policy"]) for row in rows if row.get("policy") not in (None, "none")}
-    asked = {method: ABLATION.get(method.split(":")[0], [method.split(":")[0]])[0] for method, _ in found}
-    return "".join(f" {m} ran as {policy}." for m, policy in sorted(found) if asked[m] != policy)
+    policies = {policy: policy for policy in POLICIES} | {name: part[0] for name, part in ABLATION.items()}
+    asked = {method: policies.get(method.split(":")[0]) for method, _ in found}
+    return "".join(f" {m} ran as {policy}." for m, policy in sorted(found) if asked[m] not in (None, policy))
 
 
 def _difference(base: dict[Any, tuple[int, int]], mine: dict[Any, tuple[int, int]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from conftest import FIXED
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -96,7 +97,7 @@ def save(folder: Path, tensors: Tensors | None = None, config: dict[str, Any] | 
 def couple(target: PreTrainedModel | HFModel, path: str, context: int | None = None, **options: Any) -> Any:
     """A target with the draft at `path`, ids only."""
     engine = target if isinstance(target, HFModel) else HFModel(target)
-    return SpeculativeModel(engine, load_longspec("tiny", path, engine, context, **options), None)
+    return SpeculativeModel(engine, load_longspec("tiny", path, engine, context, **options), None, FIXED)
 
 
 def prompt_of(count: int) -> torch.Tensor:

@@ -105,8 +105,8 @@ class TestOutput:
         result = invoke(*disk.pair, "--data", data, *options, "--runs", 2, "--draft-context", 64, "--out", tmp_path)
         assert result.exit_code == 0, result.stderr
         rows = rows_in(tmp_path)
-        names = ["ar", "ar-static", "hf-assisted", "hf-lookup", "plain", "tree", "tree+flash", "tree+hybrid",
-                 "tree+retrieval", "full", "window", "retrieval", "auto"]  # fmt: skip
+        names = ["ar", "ar-static", "hf-assisted", "hf-lookup", "plain", "lookup", "tree", "tree+flash", "tree+hybrid",
+                 "tree+retrieval", "full", "window", "retrieval", "auto", "specx"]  # fmt: skip
         assert [(row["run"], row["method"]) for row in rows] == [(run, name) for run in (0, 1) for name in names]
         assert all(row["same"] for row in rows)
         assert "ran as" not in result.stdout

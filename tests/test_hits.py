@@ -1,5 +1,7 @@
 """How much of the target's attention the retrieved chunks held, and the generations that a report shows."""
 
+import copy
+
 import pytest
 import torch
 from conftest import pair
@@ -38,12 +40,10 @@ def test_the_attention_is_the_models(tiny):
                          score_layer=1, recent=16, retrieve_every=1)  # fmt: skip
     assert row["emitted"] == [len(each["path"]) for each in out.trace]
     assert row["kept"] == [(n, r["kept_chunks"]) for n, r in enumerate(out.trace) if r["kept_chunks"] is not None]
-    tiny.set_attn_implementation("eager")
-    try:
-        ids = torch.cat([prompt.ids, torch.tensor(out.tokens)])
-        weights = tiny(ids[None], output_attentions=True).attentions[1][0].mean(0)  # [T, T]
-    finally:
-        tiny.set_attn_implementation("sdpa")
+    twin = copy.deepcopy(tiny)  # what gives attentions out stays hooked to a model
+    twin.set_attn_implementation("eager")
+    ids = torch.cat([prompt.ids, torch.tensor(out.tokens)])
+    weights = twin(ids[None], output_attentions=True).attentions[1][0].mean(0)  # [T, T]
     committed, last = 200, None
     for step, emitted in enumerate(row["emitted"]):
         if out.trace[step]["kept_chunks"] is not None:
