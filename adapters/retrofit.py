@@ -14,7 +14,7 @@ from specx.adapters.eagle import EagleModel
 from specx.adapters.live import check_live, ignored_rotation, live_head, shared_target
 from specx.adapters.loader import build_eagle
 from specx.adapters.retrofit_calls import Calls, OfficialCalls, ReleasedCalls
-from specx.config import CacheConfig, Settings, TreeConfig, nearest
+from specx.config import CacheConfig, RoundConfig, Settings, TreeConfig, nearest
 from specx.generation import Generation
 from specx.hf import HFModel
 
@@ -41,7 +41,7 @@ def retrofit(ea_model: Any, specextend: bool = True, **options: Any) -> "Retrofi
     if isinstance(getattr(vars(ea_model).get("eagenerate"), "__self__", None), Calls):
         raise ValueError("this EaModel is already retrofitted; call its handle's remove() first")
     own = {name: options.pop(name) for name in _ENGINE if name in options}
-    known = [each.name for config in (CacheConfig, TreeConfig) for each in fields(config)]
+    known = [each.name for config in (CacheConfig, TreeConfig, RoundConfig) for each in fields(config)]
     for name in options:
         if name not in known:
             close = nearest(name, [*known, *_ENGINE])

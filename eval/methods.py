@@ -40,7 +40,7 @@ OPTIONS = tuple(
 _HOW: dict[str, dict[str, Any]] = {
     **{name: {"policy": name} | DRAFT_ALONE for name in POLICIES},
     "plain": {"plain": True},
-    "lookup": {"controller": "off"},
+    "lookup": {"lookup": True, "controller": "off"},
     "specx": {"lookup": True, "controller": "auto"},
 }
 

@@ -352,9 +352,9 @@ class TestErrors:
     def test_what_was_done_is_kept_when_a_later_sample_fails(self, disk, tmp_path, monkeypatch):
         stats, real, calls = tmp_path / "stats.json", api.decode, []
 
-        def decode(*args):
+        def decode(*args, **options):
             calls.append(args)
-            for number, piece in enumerate(real(*args)):
+            for number, piece in enumerate(real(*args, **options)):
                 if len(calls) == 2 and number == 2:
                     raise RuntimeError("out of memory on the second sample")
                 yield piece

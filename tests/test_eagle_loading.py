@@ -15,6 +15,7 @@ from specx.adapters.eagle import EagleModel
 from specx.adapters.names import DRAFTS, TARGETS, known_draft
 from specx.adapters.weights import kind_of
 from specx.api import load
+from specx.config import DRAFT_ALONE
 
 pytest_plugins = ["disk"]
 
@@ -144,7 +145,7 @@ class TestPrunedVocabularies:
         torch.save(torch.tensor(kept), tmp_path / "ids.pt")
         for file in ("ids.json", "ids.pt"):
             model = load(folders["target"], folders["eagle1"], draft_vocab=str(tmp_path / file))
-            out = model.generate(prompt_of(40), max_new_tokens=20, trace=True)
+            out = model.generate(prompt_of(40), max_new_tokens=20, trace=True, **DRAFT_ALONE)
             assert out.tokens == own_tokens(model.target, prompt_of(40), 20)
             assert {token for step in out.trace for token in step["tokens"][1:]} <= set(kept)
             assert "drafts 57 of the target's 400 tokens" in model.draft.about[-1]
