@@ -145,7 +145,7 @@ class TestTheSameSteps:
         (python, *module), env = specx_command
         launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *module]
         options = command("longspec", disk.target, text, tmp_path / "out", replace(CONFIG, steps=12))
-        done = subprocess.run([*launch, *options], env=env, capture_output=True, text=True)
+        done = subprocess.run([*launch, *options], env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert losses(tmp_path / "out") == pytest.approx(whole, rel=1e-4)
 

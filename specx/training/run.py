@@ -83,6 +83,7 @@ def train(job: Job) -> dict[str, Any]:
     loop.run(_course(config, tokens), 0, job.kind, measure, config.measure_every)
     if accelerator.is_main_process:
         kind.export(job.out / "draft")
+    accelerator.wait_for_everyone()  # gloo may wait for ever, in its own end, for a process that has left
     accelerator.end_training()
     return {"step": loop.progress.step, "tokens": loop.progress.tokens}
 
