@@ -48,7 +48,7 @@ class StepCosts:
         self._medians: dict[Shape, dict[int, float]] = {}
         self._warm: set[Shape] = set()
         self._refresh = 0.0  # mean milliseconds of rebuilding the draft's cache, a round with the draft
-        self._token: float | None = None  # of feeding a draft one token that waited
+        self._late: deque[tuple[int, float]] = deque(maxlen=_SAMPLES)  # tokens that waited, milliseconds they took
 
     def add(self, shape: Shape, context: int, ms: float) -> None:
         """Take note of a round; the first one of a shape, which may compile or capture, only warms it up."""
@@ -67,8 +67,7 @@ class StepCosts:
 
     def add_catch_up(self, tokens: int, ms: float) -> None:
         """Take note of a round that fed the draft `tokens` tokens more than usual and took `ms` longer."""
-        each = max(0.0, ms) / tokens
-        self._token = each if self._token is None else self._token + (each - self._token) / 4
+        self._late.append((tokens, max(0.0, ms)))
 
     def known(self, shape: Shape) -> bool:
         """Tell whether a shape was measured, at any length."""
@@ -82,9 +81,15 @@ class StepCosts:
         return own + (self._refresh if shape.levels else 0.0)
 
     def catch_up_ms(self, tokens: int, context: int) -> float:
-        """Return the expected milliseconds of feeding the draft `tokens` waiting tokens more than usual."""
-        each = _WAITING * self._plain(context) if self._token is None else self._token
-        return max(0, tokens) * each
+        """Return the expected milliseconds of feeding the draft `tokens` waiting tokens more than usual.
+
+        Part of it, rebuilding the cache, does not depend on how many they are: what the nearest number took, and for
+        those beyond it little.
+        """
+        if tokens <= 0:
+            return 0.0
+        near, ms = min(self._late, key=lambda each: abs(each[0] - tokens), default=(0, 0.0))
+        return ms + max(0, tokens - near) * _WAITING * self._plain(context)
 
     def _measured(self, shape: Shape, place: int) -> float | None:
         found = self._medians.get(shape)

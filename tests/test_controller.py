@@ -313,6 +313,19 @@ def test_costs_start_from_a_prior_and_follow_what_is_measured():
     assert bucket_of(10) == bucket_of(256) < bucket_of(512) < bucket_of(64_000)
 
 
+def test_the_cost_of_catching_up_is_not_all_in_the_tokens():
+    costs = StepCosts()
+    for _ in range(3):
+        costs.add(PLAIN, 2000, 10.0)
+    assert costs.catch_up_ms(0, 2000) == 0.0
+    assert costs.catch_up_ms(100, 2000) == pytest.approx(100 * 0.05)
+    costs.add_catch_up(6, 30.0)  # the cache was rebuilt
+    assert costs.catch_up_ms(506, 2000) == pytest.approx(30.0 + 500 * 0.05), "not 84 times as much"
+    costs.add_catch_up(400, 90.0)
+    assert costs.catch_up_ms(506, 2000) == pytest.approx(90.0 + 106 * 0.05)
+    assert costs.catch_up_ms(20, 2000) == pytest.approx(30.0 + 14 * 0.05)
+
+
 def test_planning_costs_next_to_nothing():
     """Not a timing: work that grows with the rounds would show as calls."""
     world, model = World(accept=0.8), controller()
