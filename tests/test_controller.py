@@ -243,6 +243,16 @@ def test_a_draft_that_does_not_pay_is_left(seed, noise, accept, level):
         assert world.ms < 1.03 * 2000 * plain.plain, "never slower than plain by more than 3 %"
 
 
+def test_every_text_is_looked_at():
+    """A draft that did not pay on one text is asked at the beginning of the next, and kept if it pays there."""
+    costs = StepCosts()
+    World(accept=0.0, level=4.0).run(controller(costs), 500)
+    bad = World(accept=0.0, level=4.0).run(controller(costs), 300)
+    assert bad["tree"] + bad.get("chain", 0) <= 4
+    good = World(accept=0.95, level=4.0).run(controller(costs), 300)
+    assert good["tree"] > 0.8 * sum(good.values())
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_it_leaves_and_returns(seed):
     world, model = World(accept=0.9, level=2.0, seed=seed), controller()
@@ -282,7 +292,7 @@ def test_catching_up_is_counted():
     assert model.plan(999, None, 2000, 1).draft
     costs.add_catch_up(100, 100_000.0)
     model = controller(costs)
-    model._drafting = False
+    model._drafting, model._asked = False, 99
     assert not model.plan(999, None, 2000, 5000).draft
 
 
