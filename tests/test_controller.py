@@ -323,6 +323,35 @@ def test_costs_start_from_a_prior_and_follow_what_is_measured():
     assert bucket_of(10) == bucket_of(256) < bucket_of(512) < bucket_of(64_000)
 
 
+def test_a_machine_that_slows_down_changes_no_choice():
+    """Another program starts: what is in use becomes slower, and so would everything that is not measured now."""
+    costs, tree = StepCosts(), Shape(4, 16, 4)
+    for _ in range(10):
+        costs.add(tree, 2000, 25.0)
+    for _ in range(20):
+        costs.add(PLAIN, 2000, 10.0)
+    for slow in (3.0, 1.0, 2.0):
+        for number in range(12):
+            costs.add(PLAIN, 2000, 10.0 * slow)
+            assert costs.ms(tree, 2000) / costs.ms(PLAIN, 2000) == pytest.approx(2.5), number
+        assert costs.ms(PLAIN, 2000) == pytest.approx(10.0 * slow)
+        assert costs.ms(tree, 2000) == pytest.approx(25.0 * slow)
+    for _ in range(12):
+        costs.add(tree, 2000, 60.0)
+    assert costs.ms(tree, 2000) == pytest.approx(60.0), "a shape that itself became dearer is measured anew"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_phases_of_a_busy_machine(seed):
+    world, model = World(accept=0.0, level=4.0, seed=seed), controller()
+    drafted = 0
+    for slow in (1.0, 3.0, 1.0, 2.0, 1.0):
+        world.plain, world.node, world.level = 10.0 * slow, 0.1 * slow, 4.0 * slow
+        modes = world.run(model, 300)
+        drafted += modes.get("tree", 0) + modes.get("chain", 0)
+    assert drafted < 20
+
+
 def test_the_cost_of_catching_up_is_not_all_in_the_tokens():
     costs = StepCosts()
     for _ in range(3):
