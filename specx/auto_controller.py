@@ -21,6 +21,7 @@ _VISIT = 8  # rounds over which the cost of catching up is spread
 _PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
 _PROBE_EVERY, _PROBE_AT_MOST = 8, 96  # tokens between two probes, doubled after each that fails
 _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
+_OPENING = 2  # rounds of a text in which the draft is asked even if that is not expected to pay
 _LOOK_AGAIN = 8  # rounds after which costs are looked up again
 _FED_ANYWAY = 8  # waiting tokens that cost no more than one
 _ALONE = Plan(1, 0, 1, draft=False)
@@ -82,7 +83,7 @@ class AutoController:
         self._drafting, self._since_draft = True, 0
         self._probe_every, self._since_probe = _PROBE_EVERY, 0
         self._spent = self._elapsed = 0.0
-        self._context = 0
+        self._context = self._asked = 0
         self._plain_every, self._since_plain = _PLAIN_EVERY, 0
 
     def plan(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Plan:
@@ -102,6 +103,8 @@ class AutoController:
         margin = _STAY if self._drafting else 1 / _STAY
         if drafted.rate * margin > free.rate:
             return self._decide(drafted, f"better than {free}", drafted.mode)
+        if self._asked < _OPENING and free.plan.nodes == 1:
+            return self._decide(drafted, "to see what the draft is worth here", drafted.mode)
         probe = self._probe(remaining, offer, context, waiting)
         if probe is not None and free.plan.nodes == 1:
             return self._decide(probe, f"to see whether the draft pays again; otherwise {free}", "probe")
@@ -137,6 +140,7 @@ class AutoController:
             self.worth.forget(self._since_draft)
             self._since_draft = 0
         self.worth.learn(choice.plan, done.path)
+        self._asked += 1
         if self.mode == "probe":
             self._after_probe(done)
         else:
@@ -199,6 +203,8 @@ class AutoController:
         late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context) / _VISIT if waiting > _FED_ANYWAY else 0.0
         last = self._last.shape if self._last else None
         expected, leads = (offer.expected(), offer.leading()) if offer else ([0.0], 0.0)
+        if not any(self.costs.known(shape) for _, shape in self._shapes):
+            return self._drafted(len(self._shapes) - 1, remaining, offer, context, late)  # the others' costs follow
         best, most = 0, -1.0
         for number, (plan, shape) in enumerate(self._shapes):
             tokens = self._tokens(plan, expected, leads)

@@ -2,12 +2,13 @@
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Protocol
 
 _SAMPLES = 9  # the newest ones of a shape; their median does not mind a few that something else slowed down
 _ENOUGH, _MANY = 2, 5  # of them before they are believed at all (the lower of two is), and before another length's
+_GAP = 16  # rounds without a shape after which its newest ones are no longer compared with those before
 _DEARER_NODE, _DEARER_LEVEL, _WAITING = 0.02, 0.1, 0.005  # first guesses, of a plain step: low, so that all is tried
 
 
@@ -35,6 +36,15 @@ class Shape:
 PLAIN = Shape(0, 1)
 
 
+@dataclass(slots=True)
+class _Recent:
+    """The newest rounds of a shape, while it is in use: `anchor` is what they would take at a pace of 1."""
+
+    raw: deque[float] = field(default_factory=lambda: deque(maxlen=_MANY))
+    anchor: float | None = None
+    last: int = 0
+
+
 class StepCosts:
     """Costs of one target with its draft. Outlives a generation: it knows nothing of any text.
 
@@ -47,8 +57,10 @@ class StepCosts:
         self._samples: dict[Shape, dict[int, deque[float]]] = {}
         self._medians: dict[Shape, dict[int, float]] = {}
         self._warm: set[Shape] = set()
+        self._pace, self._rounds = 1.0, 0  # milliseconds now over milliseconds when the first shapes were measured
+        self._recent: dict[Shape, _Recent] = {}
         self._refresh = 0.0  # mean milliseconds of rebuilding the draft's cache, a round with the draft
-        self._token: float | None = None  # of feeding a draft one token that waited
+        self._late: deque[tuple[int, float]] = deque(maxlen=_SAMPLES)  # tokens that waited, milliseconds they took
 
     def add(self, shape: Shape, context: int, ms: float) -> None:
         """Take note of a round; the first one of a shape, which may compile or capture, only warms it up."""
@@ -57,18 +69,40 @@ class StepCosts:
             return
         place = bucket_of(context)
         samples = self._samples.setdefault(shape, {}).setdefault(place, deque(maxlen=_SAMPLES))
-        samples.append(ms)
+        samples.append(ms / self._pace)
+        self._follow(shape, ms, samples)
         if len(samples) >= _ENOUGH:
             self._medians.setdefault(shape, {})[place] = median_low(samples)
 
+    def _follow(self, shape: Shape, ms: float, samples: deque[float]) -> None:
+        """Notice when the whole machine has become slower or faster, by a shape that goes on being measured.
+
+        Costs are kept as they would be at a pace of 1, or a shape in use would seem dear beside one that was measured
+        when nothing else ran.
+        """
+        self._rounds += 1
+        recent = self._recent.setdefault(shape, _Recent())
+        if self._rounds - recent.last > _GAP:
+            recent.raw.clear()
+            recent.anchor = None
+        recent.last = self._rounds
+        recent.raw.append(ms)
+        if len(recent.raw) < _MANY:
+            return
+        if recent.anchor is None:
+            recent.anchor = median_low(recent.raw) / self._pace
+            return
+        self._pace = median_low(recent.raw) / recent.anchor
+        for back in range(1, min(_MANY, len(samples)) + 1):
+            samples[-back] = recent.raw[-back] / self._pace
+
     def add_refresh(self, ms: float) -> None:
         """Take note of what a round with the draft spent on rebuilding its cache, 0 for most."""
-        self._refresh += (ms - self._refresh) / 16
+        self._refresh += (ms / self._pace - self._refresh) / 16
 
     def add_catch_up(self, tokens: int, ms: float) -> None:
         """Take note of a round that fed the draft `tokens` tokens more than usual and took `ms` longer."""
-        each = max(0.0, ms) / tokens
-        self._token = each if self._token is None else self._token + (each - self._token) / 4
+        self._late.append((tokens, max(0.0, ms / self._pace)))
 
     def known(self, shape: Shape) -> bool:
         """Tell whether a shape was measured, at any length."""
@@ -79,12 +113,18 @@ class StepCosts:
         own = self._measured(shape, bucket_of(context))
         if own is None:
             own = self._verify(shape.nodes, context) + shape.levels * self._level(shape.beam, context)
-        return own + (self._refresh if shape.levels else 0.0)
+        return (own + (self._refresh if shape.levels else 0.0)) * self._pace
 
     def catch_up_ms(self, tokens: int, context: int) -> float:
-        """Return the expected milliseconds of feeding the draft `tokens` waiting tokens more than usual."""
-        each = _WAITING * self._plain(context) if self._token is None else self._token
-        return max(0, tokens) * each
+        """Return the expected milliseconds of feeding the draft `tokens` waiting tokens more than usual.
+
+        Part of it, rebuilding the cache, does not depend on how many they are: what the nearest number took, and for
+        those beyond it little.
+        """
+        if tokens <= 0:
+            return 0.0
+        near, ms = min(self._late, key=lambda each: abs(each[0] - tokens), default=(0, 0.0))
+        return (ms + max(0, tokens - near) * _WAITING * self._plain(context)) * self._pace
 
     def _measured(self, shape: Shape, place: int) -> float | None:
         found = self._medians.get(shape)

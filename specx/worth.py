@@ -14,7 +14,7 @@ class DraftWorth:
     Old rounds fade. From one tree it can be told what a smaller one, or a chain, would have given.
     """
 
-    _GUESS, _WEIGHT, _FADE = 0.75, 3.0, 0.9
+    _GUESS, _WEIGHT, _FADE = 0.75, 2.0, 0.9
 
     def __init__(self, families: Sequence[tuple[int, int]], levels: int) -> None:
         """Args: families: (nodes, beam); levels: of the deepest tree."""

@@ -243,6 +243,16 @@ def test_a_draft_that_does_not_pay_is_left(seed, noise, accept, level):
         assert world.ms < 1.03 * 2000 * plain.plain, "never slower than plain by more than 3 %"
 
 
+def test_every_text_is_looked_at():
+    """A draft that did not pay on one text is asked at the beginning of the next, and kept if it pays there."""
+    costs = StepCosts()
+    World(accept=0.0, level=4.0).run(controller(costs), 500)
+    bad = World(accept=0.0, level=4.0).run(controller(costs), 300)
+    assert bad["tree"] + bad.get("chain", 0) <= 4
+    good = World(accept=0.95, level=4.0).run(controller(costs), 300)
+    assert good["tree"] > 0.8 * sum(good.values())
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_it_leaves_and_returns(seed):
     world, model = World(accept=0.9, level=2.0, seed=seed), controller()
@@ -282,7 +292,7 @@ def test_catching_up_is_counted():
     assert model.plan(999, None, 2000, 1).draft
     costs.add_catch_up(100, 100_000.0)
     model = controller(costs)
-    model._drafting = False
+    model._drafting, model._asked = False, 99
     assert not model.plan(999, None, 2000, 5000).draft
 
 
@@ -311,6 +321,48 @@ def test_costs_start_from_a_prior_and_follow_what_is_measured():
         costs.add(PLAIN, 64_000, 40.0)
     assert costs.ms(Shape(2, 8, 4), 64_000) == 120.0, "as plain steps at either length"
     assert bucket_of(10) == bucket_of(256) < bucket_of(512) < bucket_of(64_000)
+
+
+def test_a_machine_that_slows_down_changes_no_choice():
+    """Another program starts: what is in use becomes slower, and so would everything that is not measured now."""
+    costs, tree = StepCosts(), Shape(4, 16, 4)
+    for _ in range(10):
+        costs.add(tree, 2000, 25.0)
+    for _ in range(20):
+        costs.add(PLAIN, 2000, 10.0)
+    for slow in (3.0, 1.0, 2.0):
+        for number in range(12):
+            costs.add(PLAIN, 2000, 10.0 * slow)
+            assert costs.ms(tree, 2000) / costs.ms(PLAIN, 2000) == pytest.approx(2.5), number
+        assert costs.ms(PLAIN, 2000) == pytest.approx(10.0 * slow)
+        assert costs.ms(tree, 2000) == pytest.approx(25.0 * slow)
+    for _ in range(12):
+        costs.add(tree, 2000, 60.0)
+    assert costs.ms(tree, 2000) == pytest.approx(60.0), "a shape that itself became dearer is measured anew"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_phases_of_a_busy_machine(seed):
+    world, model = World(accept=0.0, level=4.0, seed=seed), controller()
+    drafted = 0
+    for slow in (1.0, 3.0, 1.0, 2.0, 1.0):
+        world.plain, world.node, world.level = 10.0 * slow, 0.1 * slow, 4.0 * slow
+        modes = world.run(model, 300)
+        drafted += modes.get("tree", 0) + modes.get("chain", 0)
+    assert drafted < 20
+
+
+def test_the_cost_of_catching_up_is_not_all_in_the_tokens():
+    costs = StepCosts()
+    for _ in range(3):
+        costs.add(PLAIN, 2000, 10.0)
+    assert costs.catch_up_ms(0, 2000) == 0.0
+    assert costs.catch_up_ms(100, 2000) == pytest.approx(100 * 0.05)
+    costs.add_catch_up(6, 30.0)  # the cache was rebuilt
+    assert costs.catch_up_ms(506, 2000) == pytest.approx(30.0 + 500 * 0.05), "not 84 times as much"
+    costs.add_catch_up(400, 90.0)
+    assert costs.catch_up_ms(506, 2000) == pytest.approx(90.0 + 106 * 0.05)
+    assert costs.catch_up_ms(20, 2000) == pytest.approx(30.0 + 14 * 0.05)
 
 
 def test_planning_costs_next_to_nothing():
