@@ -5,6 +5,7 @@ import torch
 from conftest import shared
 
 from specx.api import load
+from specx.config import DRAFT_ALONE
 
 FOLDER = shared("conformance", "longspec")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="no conformance data beside the checkout (or in SPECX_SHARED)")
@@ -30,7 +31,7 @@ def traced(file, options, alignment, monkeypatch):
 
     monkeypatch.setattr(model.draft, "logits", logits)
     # With tokens to spare: near the end our trees are cut to the tokens still wanted.
-    return theirs, model.generate(theirs["prompt"], max_new_tokens=80, trace=True, **options), found
+    return theirs, model.generate(theirs["prompt"], max_new_tokens=80, trace=True, **DRAFT_ALONE, **options), found
 
 
 def differences(calls, found):
