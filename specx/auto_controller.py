@@ -21,6 +21,7 @@ _VISIT = 8  # rounds over which the cost of catching up is spread
 _PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
 _PROBE_EVERY, _PROBE_AT_MOST = 8, 96  # tokens between two probes, doubled after each that fails
 _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
+_CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt, and how much more seldom that is
 _OPENING = 2  # rounds of a text in which the draft is asked even if that is not expected to pay
 _LOOK_AGAIN = 8  # rounds after which costs are looked up again
 _FED_ANYWAY = 8  # waiting tokens that cost no more than one
@@ -98,7 +99,7 @@ class AutoController:
         if not self._shapes:
             return self._decide(free, "the best without a draft", free.mode)
         drafted = self._with_draft(remaining, offer, context, waiting)
-        if self._wants_plain():
+        if self._wants_plain(max(drafted.rate, free.rate)):
             return self._decide(self._plain(context), "to know what a plain step costs", "plain")
         margin = _STAY if self._drafting else 1 / _STAY
         if drafted.rate * margin > free.rate:
@@ -162,11 +163,15 @@ class AutoController:
         self._drafting = drafting
         return choice.plan
 
-    def _wants_plain(self) -> bool:
-        """Tell whether a plain step is to be timed: at first until it is known, then ever more rarely."""
+    def _wants_plain(self, rate: float) -> bool:
+        """Tell whether a plain step is to be timed: at first until it is known, then ever more rarely.
+
+        Far more rarely where `rate`, tokens a millisecond, is so much better that no figure would change anything.
+        """
         if not self.costs.known(PLAIN):
             return True
-        if self._since_plain < self._plain_every:
+        clear = rate * self._ms(PLAIN, self._context) > _CLEAR
+        if self._since_plain < self._plain_every * (_SELDOM if clear else 1):
             return False
         self._plain_every = min(2 * self._plain_every, _PLAIN_AT_MOST)
         return True

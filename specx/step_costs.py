@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Protocol
 
-_SAMPLES = 9  # the newest ones of a shape; their median does not mind a few that something else slowed down
-_ENOUGH, _MANY = 2, 5  # of them before they are believed at all (the lower of two is), and before another length's
+_SAMPLES = 9  # the newest ones of a shape; a quarter of them are faster than what counts: disturbances only slow down
+_ENOUGH, _MANY = 2, 5  # of them before they are used at all, and before they are believed over better known shapes
 _GAP = 16  # rounds without a shape after which its newest ones are no longer compared with those before
 _DEARER_NODE, _DEARER_LEVEL, _WAITING = 0.02, 0.1, 0.005  # first guesses, of a plain step: low, so that all is tried
 
@@ -32,6 +32,10 @@ class Shape:
     nodes: int
     beam: int = 1
 
+    def covers(self, other: "Shape") -> bool:
+        """Tell whether a round of this shape does all that one of the other does."""
+        return self.levels >= other.levels and self.nodes >= other.nodes and self.beam >= other.beam
+
 
 PLAIN = Shape(0, 1)
 
@@ -55,7 +59,7 @@ class StepCosts:
     def __init__(self, prior: CostPrior | None = None) -> None:
         self.prior = prior
         self._samples: dict[Shape, dict[int, deque[float]]] = {}
-        self._medians: dict[Shape, dict[int, float]] = {}
+        self._typical: dict[Shape, dict[int, float]] = {}
         self._warm: set[Shape] = set()
         self._pace, self._rounds = 1.0, 0  # milliseconds now over milliseconds when the first shapes were measured
         self._recent: dict[Shape, _Recent] = {}
@@ -72,7 +76,7 @@ class StepCosts:
         samples.append(ms / self._pace)
         self._follow(shape, ms, samples)
         if len(samples) >= _ENOUGH:
-            self._medians.setdefault(shape, {})[place] = median_low(samples)
+            self._typical.setdefault(shape, {})[place] = sorted(samples)[(len(samples) - 1) // 4]
 
     def _follow(self, shape: Shape, ms: float, samples: deque[float]) -> None:
         """Notice when the whole machine has become slower or faster, by a shape that goes on being measured.
@@ -90,8 +94,8 @@ class StepCosts:
         if len(recent.raw) < _MANY:
             return
         if recent.anchor is None:
-            recent.anchor = median_low(recent.raw) / self._pace
-            return
+            before = list(samples)[:-_MANY]
+            recent.anchor = median_low(before) if before else median_low(recent.raw) / self._pace
         self._pace = median_low(recent.raw) / recent.anchor
         for back in range(1, min(_MANY, len(samples)) + 1):
             samples[-back] = recent.raw[-back] / self._pace
@@ -106,14 +110,25 @@ class StepCosts:
 
     def known(self, shape: Shape) -> bool:
         """Tell whether a shape was measured, at any length."""
-        return shape in self._medians
+        return shape in self._typical
 
     def ms(self, shape: Shape, context: int) -> float:
         """Return the expected milliseconds of a round; in units of a plain step while nothing was measured."""
         own = self._measured(shape, bucket_of(context))
         if own is None:
-            own = self._verify(shape.nodes, context) + shape.levels * self._level(shape.beam, context)
+            own = self._guess(shape, context)
+        elif shape.levels and self._count(shape) < _MANY:
+            own = min(own, self._guess(shape, context))  # or what seemed dear once would not be tried again
         return (own + (self._refresh if shape.levels else 0.0)) * self._pace
+
+    def _count(self, shape: Shape) -> int:
+        return sum(map(len, self._samples.get(shape, {}).values()))
+
+    def _guess(self, shape: Shape, context: int) -> float:
+        """Return what other shapes let expect of one: no more than a larger one takes."""
+        whole = self._verify(shape.nodes, context) + shape.levels * self._level(shape, context)
+        larger = [each for each in self._typical if each != shape and each.covers(shape)]
+        return min([whole, *(self._measured(each, bucket_of(context)) or whole for each in larger)])
 
     def catch_up_ms(self, tokens: int, context: int) -> float:
         """Return the expected milliseconds of feeding the draft `tokens` waiting tokens more than usual.
@@ -127,14 +142,14 @@ class StepCosts:
         return (ms + max(0, tokens - near) * _WAITING * self._plain(context)) * self._pace
 
     def _measured(self, shape: Shape, place: int) -> float | None:
-        found = self._medians.get(shape)
+        found = self._typical.get(shape)
         if not found:
             return None
         near = place
         if place not in found or len(self._samples[shape][place]) < _MANY:
             counts = {other: min(len(self._samples[shape][other]), _MANY) for other in found}
             near = min(found, key=lambda other: (-counts[other], abs(other - place)))
-        plain = self._medians.get(PLAIN, {})
+        plain = self._typical.get(PLAIN, {})
         scale = plain[place] / plain[near] if place in plain and near in plain and shape != PLAIN else 1.0
         return found[near] * scale
 
@@ -146,7 +161,7 @@ class StepCosts:
         plain = self._plain(context)
         if self.prior is not None:
             return plain * self.prior.verify_ms(nodes, context) / self.prior.verify_ms(1, context)
-        most = max((each.nodes for each in self._medians if each.levels == 0 and 1 < each.nodes < nodes), default=0)
+        most = max((each.nodes for each in self._typical if each.levels == 0 and 1 < each.nodes < nodes), default=0)
         if not most:
             return plain * _dearer(nodes)
         below = self._measured(Shape(0, most), place) or plain
@@ -156,21 +171,21 @@ class StepCosts:
         """Return the milliseconds of a plain step, from those of other shapes where it was not measured."""
         place = bucket_of(context)
         own = self._measured(PLAIN, place)
-        if own is None and self._medians:
-            shape = min(self._medians, key=lambda each: (each.levels, each.nodes))
+        if own is None and self._typical:
+            shape = min(self._typical, key=lambda each: (each.levels, each.nodes))
             own = (self._measured(shape, place) or 0.0) / _dearer(shape.nodes, shape.levels)
         if own is None:
             own = 1.0 if self.prior is None else self.prior.verify_ms(1, context)
         return own
 
-    def _level(self, beam: int, context: int) -> float:
+    def _level(self, shape: Shape, context: int) -> float:
         place = bucket_of(context)
-        shapes = [each for each in self._medians if each.levels and each.beam == beam]
-        shapes = shapes or [each for each in self._medians if each.levels]
-        if shapes:
-            known = max(shapes, key=lambda each: each.levels)
-            whole = self._measured(known, place) or 0.0
-            return max(whole - self._verify(known.nodes, context), 0.02 * whole) / known.levels
+        known = [each for each in self._typical if each.levels and each != shape]
+        known = known or [each for each in self._typical if each.levels]
+        if known:
+            best = max(known, key=lambda each: (self._count(each) >= _MANY, each.beam == shape.beam, each.levels))
+            whole = self._measured(best, place) or 0.0
+            return max(whole - self._verify(best.nodes, context), 0.02 * whole) / best.levels
         if self.prior is not None:
             scale = self._plain(context) / self.prior.verify_ms(1, context)
             return self.prior.level_ms(context) * scale

@@ -11,21 +11,27 @@ from specx.tree import Plan
 class DraftWorth:
     """How deep the draft's trees are accepted where the context does not lead: by family of shapes, and by depth.
 
-    Old rounds fade. From one tree it can be told what a smaller one, or a chain, would have given.
+    Old rounds fade, so that depths which are no longer tried come to be judged by those above them, and are tried again.
+    From one tree it can be told what a smaller one, or a chain, would have given.
     """
 
-    _GUESS, _WEIGHT, _FADE = 0.75, 2.0, 0.9
+    _GUESS, _CHAIN_GUESS, _WEIGHT, _FADE = 0.75, 0.6, 2.0, 0.9
+    _ABOVE = 0.7  # how far the depth above tells what to expect of the next one; the rest is the first guess
 
     def __init__(self, families: Sequence[tuple[int, int]], levels: int) -> None:
         """Args: families: (nodes, beam); levels: of the deepest tree."""
-        guesses = {family: self._GUESS if family[1] > 1 else self._GUESS - 0.15 for family in families}
-        self._right = {family: [guess * self._WEIGHT] * levels for family, guess in guesses.items()}
-        self._tried = {family: [self._WEIGHT] * levels for family in families}
+        self._right = {family: [0.0] * levels for family in families}
+        self._tried = {family: [0.0] * levels for family in families}
         self._expected = {family: self._sums(family) for family in families}
 
     def _sums(self, family: tuple[int, int]) -> list[float]:
-        pairs = zip(self._right[family], self._tried[family], strict=True)
-        return list(accumulate(accumulate((right / tried for right, tried in pairs), mul)))
+        guess = expected = self._GUESS if family[1] > 1 else self._CHAIN_GUESS
+        rates = list[float]()
+        for right, tried in zip(self._right[family], self._tried[family], strict=True):
+            rate = (right + self._WEIGHT * expected) / (tried + self._WEIGHT)
+            rates.append(rate)
+            expected = self._ABOVE * rate + (1 - self._ABOVE) * guess
+        return list(accumulate(accumulate(rates, mul)))
 
     def tokens(self, family: tuple[int, int], levels: int) -> float:
         """Return the expected number of accepted tokens."""
@@ -49,18 +55,19 @@ class DraftWorth:
             self._expected[family] = self._sums(family)
 
     def forget(self, tokens: int) -> None:
-        """Let what was measured `tokens` tokens ago weigh less."""
+        """Let what was measured `tokens` tokens ago weigh less, but no less than the first guess."""
         for family, tried in self._tried.items():
-            for depth, count in enumerate(tried):
-                less = max(1.0, count * 0.5 ** (tokens / 64), min(count, self._WEIGHT)) / count
-                tried[depth] *= less
-                self._right[family][depth] *= less
+            self._fade(family, max(0.5 ** (tokens / 64), min(1.0, self._WEIGHT / max(*tried, 1e-9))))
+
+    def _fade(self, family: tuple[int, int], kept: float) -> None:
+        for counts in (self._right[family], self._tried[family]):
+            counts[:] = [count * kept for count in counts]
 
     def _count(self, family: tuple[int, int], reached: int, levels: int, weight: float) -> None:
         """Count depths up to the first that was not reached; of a larger tree than was tried, failures count half."""
+        self._fade(family, self._FADE)
         right, tried = self._right[family], self._tried[family]
         for depth in range(min(reached + 1, levels, len(right))):
             success = depth < reached
-            share = 1.0 if success else weight
-            right[depth] = right[depth] * self._FADE + share * success
-            tried[depth] = tried[depth] * self._FADE + share
+            right[depth] += success
+            tried[depth] += 1.0 if success else weight
