@@ -16,7 +16,7 @@ from specx.tree import Plan
 from specx.worth import DraftWorth
 
 _STAY = 1.05  # how much better the other choice, with or without the draft, must be
-_SAME = 1.02  # the same among shapes of the draft's tree
+_SAME = 1.05  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
 _PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
 _PROBE_EVERY, _PROBE_AT_MOST = 8, 96  # tokens between two probes, doubled after each that fails

@@ -15,8 +15,8 @@ class DraftWorth:
     From one tree it can be told what a smaller one, or a chain, would have given.
     """
 
-    _GUESS, _CHAIN_GUESS, _WEIGHT, _FADE = 0.75, 0.6, 2.0, 0.9
-    _ABOVE = 0.7  # how far the depth above tells what to expect of the next one; the rest is the first guess
+    _GUESS, _CHAIN_GUESS, _WEIGHT, _FADE = 0.7, 0.55, 2.0, 0.9
+    _ABOVE = 0.9  # how far the depth above tells what to expect of the next one; the rest is the first guess
 
     def __init__(self, families: Sequence[tuple[int, int]], levels: int) -> None:
         """Args: families: (nodes, beam); levels: of the deepest tree."""
