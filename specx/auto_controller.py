@@ -18,11 +18,11 @@ from specx.worth import DraftWorth
 _STAY = 1.05  # how much better the other choice, with or without the draft, must be
 _SAME = 1.05  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
-_PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
+_PROBE_SHARE = 0.01  # of all time that may be lost by asking a draft that does not seem to pay
 _PROBE_EVERY, _PROBE_AT_MOST = 8, 96  # tokens between two probes, doubled after each that fails
 _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
 _CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt, and how much more seldom that is
-_OPENING = 2  # rounds of a text in which the draft is asked even if that is not expected to pay
+_OPENING = 1  # rounds of a text in which the draft is asked even if that is not expected to pay
 _LOOK_AGAIN = 8  # rounds after which costs are looked up again
 _FED_ANYWAY = 8  # waiting tokens that cost no more than one
 _ALONE = Plan(1, 0, 1, draft=False)

@@ -11,7 +11,7 @@ from specx.tree import Plan
 class DraftWorth:
     """How deep the draft's trees are accepted where the context does not lead: by family of shapes, and by depth.
 
-    Old rounds fade, so that depths which are no longer tried come to be judged by those above them, and are tried again.
+    Old rounds fade: depths that are no longer tried come to be judged by those above them, and are tried again.
     From one tree it can be told what a smaller one, or a chain, would have given.
     """
 
