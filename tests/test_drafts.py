@@ -1,0 +1,114 @@
+"""Drafts side by side: what an entry is, bytes of each kind's cache, and tau as `specx eval` measures it."""
+
+import heads
+import pytest
+import torch
+from blocks import block_tensors, save
+from click.testing import CliRunner
+from conftest import FIXED, noised, pair, tiny_llama
+
+from specx.adapters.loader import load_draft
+from specx.adapters.lookup import LookupModel
+from specx.api import SpeculativeModel
+from specx.config import CacheConfig, LoadConfig
+from specx.eval import acceptance, drafts
+from specx.eval.methods import parse_methods
+from specx.eval.spans import Span
+from specx.hf import HFModel
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return HFModel(heads.tiny_target("Llama"))
+
+
+@pytest.fixture(scope="module")
+def kinds(engine, tmp_path_factory):
+    """A draft of each kind for one target."""
+    folder = tmp_path_factory.mktemp("kinds")
+    made = {
+        "eagle3": heads.save(folder / "eagle3", heads.flat_config(), heads.head_tensors()),
+        "longspec": save(folder / "longspec", block_tensors()),
+    }
+    plain = LoadConfig(dtype="float32", device="cpu")
+    found = {name: load_draft(path, path, engine, None, plain) for name, path in made.items()}
+    return found | {"classic": pair(engine.model, noised(engine.model, 0.02)).draft}
+
+
+@pytest.mark.parametrize("kind", ["classic", "eagle3", "longspec"])
+def test_bytes_of_a_token_are_those_of_the_tensors(engine, kinds, kind):
+    model = SpeculativeModel(engine, kinds[kind], None, FIXED)
+    draft = kinds[kind].start(600, 12, 0, CacheConfig())
+    if kind == "longspec":
+        held = draft.ring.keys.nbytes + draft.ring.values.nbytes
+        assert held == 513 * drafts.token_bytes(kinds[kind])
+        for length in (700, 900):
+            assert model.generate(heads.prompt_of(length), max_new_tokens=8).stats["draft_kv_tokens"] == 513
+        return
+    config = draft.cache
+    small = kinds[kind].model.forward if kind == "classic" else None
+    if small:
+        small(heads.prompt_of(5), torch.arange(5), config)
+    blocks = [each for both in config.memory.blocks for each in both]
+    assert sum(each.nbytes for each in blocks) == config.capacity * drafts.token_bytes(kinds[kind])
+
+
+def test_a_draft_without_a_cache():
+    with pytest.raises(ValueError, match="has no keys and values of its own"):
+        drafts.token_bytes(LookupModel())
+
+
+def test_tau_is_that_of_each_alone(engine, kinds):
+    ids = heads.prompt_of(260)
+    span = Span("a.py", 200, ids, 60, 0.0, "ordinary")
+    entries = [
+        drafts.Entry(f"{kind} {method}", SpeculativeModel(engine, draft, None, FIXED), parse_methods(method)[0])
+        for kind, draft in kinds.items()
+        for method in ("full", "retrieval:draft_context=128")
+    ]
+    rows = list(drafts.taus(entries, [span], [64, 200]))
+    assert [(row["context"], row["method"]) for row in rows] == [(c, e.label) for c in (64, 200) for e in entries]
+    for each in entries:
+        own = [row | {"method": ""} for row in rows if row["method"] == each.label]
+        alone = acceptance.measure(each.model, [span], [64, 200], [each.spec])
+        assert own == [row | {"method": ""} for row in alone]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("demo", "an entry is"),
+        ("=demo,full", "an entry is"),
+        ("demo,ar", "needs one method with a draft"),
+        ("demo,full:nonesuch=1", "no option 'nonesuch'"),
+        ("nonesuch,full", "unknown draft 'nonesuch'"),
+    ],
+)
+def test_entries_that_are_none(entry, message, tmp_path):
+    result = CliRunner().invoke(drafts.main, [entry, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels():
+    label, draft, spec = drafts.parse_entry("short=runs/a/draft,retrieval:draft_context=512")
+    assert (label, draft, spec.options) == ("short", "runs/a/draft", {"draft_context": 512})
+    assert drafts.parse_entry("demo,full")[0] == "demo full"
+    target = SpeculativeModel(HFModel(tiny_llama()), None, None)
+    with pytest.raises(ValueError, match="a label is given twice"):
+        drafts.entries_of(["demo,full", "demo,full"], target)
+
+
+def test_tables_of_speed():
+    def row(method, rate, **more):
+        place = {"measure": "speed", "prompt": "a", "context": 512, "method": method}
+        return place | {"decode_tokens_per_second": rate} | more
+
+    rows = [row("ar", 10.0), row("ar-static", 8.0), row("x full", 25.0, draft_kv_bytes=2048, ms_forward=1.5)]
+    assert [table.rows for table in drafts.side_by_side(rows)] == [
+        [["x full", "2"]],
+        [["x full", "1.50"]],
+        [["x full", "2.50"]],
+    ]
+    assert drafts.side_by_side(rows[:2]) == []
