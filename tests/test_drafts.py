@@ -1,5 +1,8 @@
 """Drafts side by side: what an entry is, bytes of each kind's cache, and tau as `specx eval` measures it."""
 
+import json
+from xml.etree import ElementTree
+
 import heads
 import pytest
 import torch
@@ -11,7 +14,7 @@ from specx.adapters.loader import load_draft
 from specx.adapters.lookup import LookupModel
 from specx.api import SpeculativeModel
 from specx.config import CacheConfig, LoadConfig
-from specx.eval import acceptance, drafts
+from specx.eval import acceptance, drafts, losses
 from specx.eval.methods import parse_methods
 from specx.eval.spans import Span
 from specx.hf import HFModel
@@ -112,3 +115,22 @@ def test_tables_of_speed():
         [["x full", "2.50"]],
     ]
     assert drafts.side_by_side(rows[:2]) == []
+
+
+def test_loss_curves(tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
+    log.parent.mkdir()
+    rows = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 7.0}, {"step": 2, "tau": 1.5}, {"step": 3, "loss": 5.0}]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert losses.smooth(losses.read_losses(str(log.parent)), 2) == [(2, 8.0), (3, 6.0)]
+    out, wrong = tmp_path / "out.svg", CliRunner().invoke(losses.main, ["a=nothing", "--out", str(tmp_path / "no.svg")])
+    assert wrong.exit_code == 2
+    assert "nothing holds no losses" in wrong.stderr
+    assert not (tmp_path / "no.svg").exists()
+    made = CliRunner().invoke(losses.main, [f"a={log.parent}", f"b={log}", "--over", "2", "--out", str(out)])
+    assert made.exit_code == 0, made.stderr
+    lines = [each.get("points") for each in ElementTree.parse(out).iter() if each.tag.endswith("polyline")]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    (_, high), (_, low) = (map(float, point.split(",")) for point in lines[0].split())
+    assert high < low  # y grows downwards
