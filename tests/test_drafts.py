@@ -19,6 +19,8 @@ from specx.eval.methods import parse_methods
 from specx.eval.spans import Span
 from specx.hf import HFModel
 
+pytest_plugins = ["disk"]
+
 
 @pytest.fixture(scope="module")
 def engine():
@@ -62,18 +64,18 @@ def test_a_draft_without_a_cache():
 
 
 def test_tau_is_that_of_each_alone(engine, kinds):
-    ids = heads.prompt_of(260)
-    span = Span("a.py", 200, ids, 60, 0.0, "ordinary")
+    ids = heads.prompt_of(170)
+    span = Span("a.py", 150, ids, 20, 0.0, "ordinary")
     entries = [
         drafts.Entry(f"{kind} {method}", SpeculativeModel(engine, draft, None, FIXED), parse_methods(method)[0])
         for kind, draft in kinds.items()
-        for method in ("full", "retrieval:draft_context=128")
+        for method in ("full", "retrieval:draft_context=64")
     ]
-    rows = list(drafts.taus(entries, [span], [64, 200]))
-    assert [(row["context"], row["method"]) for row in rows] == [(c, e.label) for c in (64, 200) for e in entries]
+    rows = list(drafts.taus(entries, [span], [40, 150]))
+    assert [(row["context"], row["method"]) for row in rows] == [(c, e.label) for c in (40, 150) for e in entries]
     for each in entries:
         own = [row | {"method": ""} for row in rows if row["method"] == each.label]
-        alone = acceptance.measure(each.model, [span], [64, 200], [each.spec])
+        alone = acceptance.measure(each.model, [span], [40, 150], [each.spec])
         assert own == [row | {"method": ""} for row in alone]
 
 
@@ -134,3 +136,24 @@ def test_loss_curves(tmp_path):
     assert lines[0] == lines[1]
     (_, high), (_, low) = (map(float, point.split(",")) for point in lines[0].split())
     assert high < low  # y grows downwards
+
+
+def test_the_command(disk, tmp_path):
+    source = "".join(f"def name_{n}(steps, coloured):\n    return steps[{n}] + coloured\n" for n in range(80))
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": source}) + "\n")
+    given = ["--target", disk.target, "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out")]
+    sizes = ["--lengths", "64,128", "--spans", "1", "--samples", "1", "--max-new-tokens", "8"]
+    entries = [f"a={disk.draft},full", f"b={disk.draft},window:draft_context=64"]
+    result = CliRunner().invoke(drafts.main, [*entries, *given, *sizes], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    kinds = [("tau", c, m) for c in (64, 128) for m in "ab"]
+    kinds += [("speed", c, m) for c in (64, 128) for m in ("ar", "ar-static", "a", "b")]
+    assert [(row["measure"], row["context"], row["method"]) for row in rows] == kinds
+    bytes_of = {m: [row["draft_kv_bytes"] for row in rows if row["method"] == m and "ms_forward" in row] for m in "ab"}
+    assert bytes_of["a"][1] > bytes_of["b"][1]
+    assert all(row["same"] for row in rows if row["measure"] == "speed")
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert all(each in summary for each in ("## tau, ordinary spans", "## Decode ratio", "| a | ", "| b | "))
+    again = CliRunner().invoke(drafts.main, [*entries, *given, *sizes])
+    assert "already holds results" in again.stderr
