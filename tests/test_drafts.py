@@ -14,7 +14,7 @@ from specx.adapters.loader import load_draft
 from specx.adapters.lookup import LookupModel
 from specx.api import SpeculativeModel
 from specx.config import CacheConfig, LoadConfig
-from specx.eval import acceptance, drafts, losses
+from specx.eval import acceptance, drafting, drafts, losses
 from specx.eval.methods import parse_methods
 from specx.eval.spans import Span
 from specx.hf import HFModel
@@ -46,7 +46,7 @@ def test_bytes_of_a_token_are_those_of_the_tensors(engine, kinds, kind):
     draft = kinds[kind].start(600, 12, 0, CacheConfig())
     if kind == "longspec":
         held = draft.ring.keys.nbytes + draft.ring.values.nbytes
-        assert held == 513 * drafts.token_bytes(kinds[kind])
+        assert held == 513 * drafting.token_bytes(kinds[kind])
         for length in (700, 900):
             assert model.generate(heads.prompt_of(length), max_new_tokens=8).stats["draft_kv_tokens"] == 513
         return
@@ -55,23 +55,23 @@ def test_bytes_of_a_token_are_those_of_the_tensors(engine, kinds, kind):
     if small:
         small(heads.prompt_of(5), torch.arange(5), config)
     blocks = [each for both in config.memory.blocks for each in both]
-    assert sum(each.nbytes for each in blocks) == config.capacity * drafts.token_bytes(kinds[kind])
+    assert sum(each.nbytes for each in blocks) == config.capacity * drafting.token_bytes(kinds[kind])
 
 
 def test_a_draft_without_a_cache():
     with pytest.raises(ValueError, match="has no keys and values of its own"):
-        drafts.token_bytes(LookupModel())
+        drafting.token_bytes(LookupModel())
 
 
 def test_tau_is_that_of_each_alone(engine, kinds):
     ids = heads.prompt_of(170)
     span = Span("a.py", 150, ids, 20, 0.0, "ordinary")
     entries = [
-        drafts.Entry(f"{kind} {method}", SpeculativeModel(engine, draft, None, FIXED), parse_methods(method)[0])
+        drafting.Entry(f"{kind} {method}", SpeculativeModel(engine, draft, None, FIXED), parse_methods(method)[0])
         for kind, draft in kinds.items()
         for method in ("full", "retrieval:draft_context=64")
     ]
-    rows = list(drafts.taus(entries, [span], [40, 150]))
+    rows = list(drafting.taus(entries, [span], [40, 150]))
     assert [(row["context"], row["method"]) for row in rows] == [(c, e.label) for c in (40, 150) for e in entries]
     for each in entries:
         own = [row | {"method": ""} for row in rows if row["method"] == each.label]
@@ -97,12 +97,12 @@ def test_entries_that_are_none(entry, message, tmp_path):
 
 
 def test_labels():
-    label, draft, spec = drafts.parse_entry("short=runs/a/draft,retrieval:draft_context=512")
+    label, draft, spec = drafting.parse_entry("short=runs/a/draft,retrieval:draft_context=512")
     assert (label, draft, spec.options) == ("short", "runs/a/draft", {"draft_context": 512})
-    assert drafts.parse_entry("demo,full")[0] == "demo full"
+    assert drafting.parse_entry("demo,full")[0] == "demo full"
     target = SpeculativeModel(HFModel(tiny_llama()), None, None)
     with pytest.raises(ValueError, match="a label is given twice"):
-        drafts.entries_of(["demo,full", "demo,full"], target)
+        drafting.entries_of(["demo,full", "demo,full"], target)
 
 
 def test_tables_of_speed():
@@ -111,12 +111,12 @@ def test_tables_of_speed():
         return place | {"decode_tokens_per_second": rate} | more
 
     rows = [row("ar", 10.0), row("ar-static", 8.0), row("x full", 25.0, draft_kv_bytes=2048, ms_forward=1.5)]
-    assert [table.rows for table in drafts.side_by_side(rows)] == [
+    assert [table.rows for table in drafts.side_by_side(rows, "speed")] == [
         [["x full", "2"]],
         [["x full", "1.50"]],
         [["x full", "2.50"]],
     ]
-    assert drafts.side_by_side(rows[:2]) == []
+    assert drafts.side_by_side(rows[:2], "speed") == []
 
 
 def test_loss_curves(tmp_path):
@@ -143,15 +143,19 @@ def test_the_command(disk, tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": source}) + "\n")
     given = ["--target", disk.target, "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out")]
     sizes = ["--lengths", "64,128", "--spans", "1", "--samples", "1", "--max-new-tokens", "8"]
+    sizes += ["--measure", "tau,speed,cpu"]
     entries = [f"a={disk.draft},full", f"b={disk.draft},window:draft_context=64"]
     result = CliRunner().invoke(drafts.main, [*entries, *given, *sizes], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     kinds = [("tau", c, m) for c in (64, 128) for m in "ab"]
     kinds += [("speed", c, m) for c in (64, 128) for m in ("ar", "ar-static", "a", "b")]
+    kinds += [("cpu", c, m) for c in (64, 128) for m in "ab"]
     assert [(row["measure"], row["context"], row["method"]) for row in rows] == kinds
     bytes_of = {m: [row["draft_kv_bytes"] for row in rows if row["method"] == m and "ms_forward" in row] for m in "ab"}
+    assert bytes_of["a"][:2] == bytes_of["a"][2:]  # by either measure
     assert bytes_of["a"][1] > bytes_of["b"][1]
+    assert all(row["ms_forward"] > 0 and row["ms_verify"] > 0 for row in rows if row["measure"] == "cpu")
     assert all(row["same"] for row in rows if row["measure"] == "speed")
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert all(each in summary for each in ("## tau, ordinary spans", "## Decode ratio", "| a | ", "| b | "))
