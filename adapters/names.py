@@ -42,6 +42,7 @@ DRAFTS = {
     "demo": KnownDraft("demo-draft", "demo", "classic", 1024),
     "demo-eagle1": _eagle("demo-eagle1", "demo"),
     "demo-eagle3": _eagle("demo-eagle3", "demo"),
+    "demo-longspec": KnownDraft("demo-longspec", "demo", "longspec", 16384),
     LOOKUP: KnownDraft("", "demo", "lookup", None),
     "vicuna-68m": KnownDraft("double7/vicuna-68m", "vicuna-7b", "classic", 2048),
     "llama-68m": KnownDraft("JackFram/llama-68m", "longchat-7b", "classic", 2048),

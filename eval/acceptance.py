@@ -70,17 +70,19 @@ def measure(
                 target = WatchedTarget(model.engine, context + span.length + 256, layer, taps, record=bool(taps))
                 for text, each in settings.items():
                     if layers[text] == layer:
-                        yield _row(model, span, context, text) | _along(model, target, ids, span, each)
+                        yield place(span, context, text) | along(model, target, ids, span, each)
 
 
-def _row(model: SpeculativeModel, span: Span, context: int, method: str) -> dict[str, Any]:
+def place(span: Span, context: int, method: str) -> dict[str, Any]:
+    """Return what a row says of where it was measured."""
     return {
         "measure": "tau", "kind": span.kind, "document": span.document, "position": span.position,
         "recurrence": round(span.recurrence, 4), "context": context, "method": method,
     }  # fmt: skip
 
 
-def _along(model: SpeculativeModel, target: WatchedTarget, ids: Tensor, span: Span, settings: Any) -> dict[str, Any]:
+def along(model: SpeculativeModel, target: WatchedTarget, ids: Tensor, span: Span, settings: Any) -> dict[str, Any]:
+    """Walk along a span after `ids`, its prompt; the same tensor with the same target is prefilled once."""
     text = torch.cat([ids, span.continuation.to(ids.device)])
     settings = settings.override(max_new_tokens=span.length, temperature=0.0)
     processors = logits_processors(model.target, settings.sampling, ids, span.length)

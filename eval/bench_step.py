@@ -104,7 +104,10 @@ class StepBench:
 
     def __init__(self, model: SpeculativeModel, ids: Tensor, repeats: int) -> None:
         if model.draft is not None and not isinstance(model.draft, ClassicModel):
-            raise ValueError(f"steps are measured with a classic draft or none; got {type(model.draft).__name__}")
+            raise ValueError(
+                f"steps are measured with a classic draft or none; got {type(model.draft).__name__}: "
+                "python -m specx.eval.drafts times drafts of every kind"
+            )
         self.model, self.engine, self.ids, self.repeats = model, model.engine, ids, repeats
         self.device, self.token = model.engine.device, int(ids[0])  # any token serves as a tree's
         self.target = Target(self.engine, len(ids) + _SPARE, self.engine.score_layer())

@@ -18,22 +18,30 @@ def test_sizes():
     weights = {path.parent.name: path.stat().st_size for path in MODELS.glob("*/model.safetensors")}
     assert weights["demo-target"] <= 20e6
     assert sum(weights.values()) <= 32e6
+    assert len(weights) == 5
     for name in ("demo-target", "demo-draft"):
         assert json.loads((MODELS / name / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
         assert "Loss in nats" in (MODELS / name / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("draft", "kind"), [("demo-eagle1", "EAGLE-1"), ("demo-eagle3", "EAGLE-3")])
-def test_heads(draft, kind):
+@pytest.mark.parametrize(
+    ("draft", "kind", "trained", "held"),
+    [
+        ("demo-eagle1", "EAGLE-1", 2048, 2048),
+        ("demo-eagle3", "EAGLE-3", 2048, 2048),
+        ("demo-longspec", "LongSpec", 16384, 513),
+    ],
+)
+def test_heads(draft, kind, trained, held):
     model = specx.load(draft=draft, dtype="float32")  # the target follows from the name
-    assert model.draft.draft_context == 2048
+    assert model.draft.draft_context == trained
     assert any(kind in line for line in model.draft.about)
     _, ids = demo_prompt(model.tokenizer, 2100)
     out = model.generate(ids, max_new_tokens=48)
     own = model.target.generate(torch.tensor([ids]), max_new_tokens=48, do_sample=False)[0, len(ids) :]
     assert out.tokens == own.tolist()
     assert out.stats["tau"] > 1.5
-    assert out.stats["draft_kv_tokens"] <= 2048
+    assert out.stats["draft_kv_tokens"] <= held
 
 
 @pytest.mark.parametrize("policy", ["full", "auto"])

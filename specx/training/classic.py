@@ -1,5 +1,6 @@
 """Training classic drafts: a small Llama on the target's tokenizer, from text or from the target's distribution."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specx.hf import HFModel
+from specx.training.features import directly
 from specx.training.loss import cross_entropy, target_head
 from specx.training.options import ClassicConfig
 
@@ -48,6 +50,7 @@ class ClassicTask(nn.Module):
         super().__init__()
         self.model: Any = model
         self.teacher_of: list[Any] = [teacher]  # in a list, so that it is no part of this module
+        self.watched: Callable[..., tuple[Tensor, ...]] = directly
 
     def forward(self, ids: Tensor, draw: tuple[int, ...]) -> Tensor:
         """Return the mean loss in nats on windows of tokens, int64 [B, T + 1]; nothing is drawn."""
@@ -55,6 +58,11 @@ class ClassicTask(nn.Module):
         head, columns, teacher = target_head(self.model), self.model.config.vocab_size, self.teacher_of[0]
         if teacher is None:
             return cross_entropy(hidden, head, ids[:, 1:].flatten(), columns)
-        with torch.no_grad():
-            read = teacher.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
-        return cross_entropy(hidden, head, read, columns, target_head(teacher))
+        (read,) = self.watched(self.watch, ids[:, :-1])
+        return cross_entropy(hidden, head, read.flatten(0, 1), columns, target_head(teacher))
+
+    @torch.no_grad()
+    def watch(self, tokens: Tensor) -> tuple[Tensor]:
+        """Return what the teacher's LM head reads, [B, T, hidden]."""
+        teacher: Any = self.teacher_of[0]
+        return (teacher.get_decoder()(tokens, use_cache=False).last_hidden_state,)

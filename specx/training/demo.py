@@ -222,7 +222,7 @@ license: apache-2.0
 ---
 # specx demo-{name}
 
-An {version} head ({count:.1f}M parameters) for specx's demo-target, which ships with specx. It drafts Python.
+{kind} ({count:.1f}M parameters) for specx's demo-target, which ships with specx. It drafts Python.
 
 - Data: the standard library of Python (PSF licence) as the target's, {tokens:,} tokens in windows of up to
   {length}, without the modules of `specx.data.stdlib.HELD_OUT` and their tests. It learns the target's own
@@ -274,7 +274,7 @@ def export_head(name: str, task: HeadTask | BlockTask, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
     count = sum(each.numel() for each in tensors.values())
     (folder / "README.md").write_text(
-        HEAD_CARD.format(name=name, version=HEADS[name], count=count / 1e6, tokens=tokens, length=length)
+        HEAD_CARD.format(name=name, kind=HEADS[name], count=count / 1e6, tokens=tokens, length=length)
     )
 
 

@@ -3,6 +3,7 @@
 Modules are named as the published checkpoints are, so that a state dict is one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specx.adapters.eagle_rope import rope_options, rotation
+from specx.training.features import directly
 
 NOISE = 0.2  # EAGLE-1 adds uniform noise of this width to the target's features
 
@@ -39,6 +41,7 @@ class TrainableHead(nn.Module):
         unrolled: int = 3,
     ) -> None:
         super().__init__()
+        self.watched: Callable[..., tuple[Tensor, ...]] = directly
         config, self.version, self.unrolled = target.config.get_text_config(decoder=True), version, unrolled
         self.target_of: list[Any] = [target]  # in a list, so that it is no part of this module
         hidden = config.hidden_size
@@ -74,19 +77,22 @@ class TrainableHead(nn.Module):
 
     @torch.no_grad()
     def watch(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the head reads of the target, [B, T, sources * hidden], and the target's logits [B, T, V]."""
+        """Return what the head reads of the target, [B, T, sources * hidden], and its last states, [B, T, hidden]."""
         target = self.target_of[0]
         out = target.get_decoder()(tokens, use_cache=False, output_hidden_states=bool(self.taps))
         last = out.last_hidden_state
         read = torch.cat([out.hidden_states[layer + 1] for layer in self.taps], -1) if self.taps else last
-        return self._cast(read), target.get_output_embeddings()(last)
+        return read, last
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the loss on tokens [B, T]: cross entropy against the target's next distribution, over the steps.
 
         EAGLE-1 adds, ten times heavier, the distance of its output to the target's next feature.
         """
-        read, logits = self.watch(tokens[:, :-1])
+        read, last = self.watched(self.watch, tokens[:, :-1])
+        read = self._cast(read)
+        with torch.no_grad():
+            logits = self.target_of[0].get_output_embeddings()(last)
         embeds = self._cast(self.target_of[0].get_input_embeddings()(tokens[:, 1:-1]))  # of token i + 1
         wanted, counts = self._wanted(logits[:, 1:].float())  # of token i + 2
         if self.version == "eagle1":

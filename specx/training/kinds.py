@@ -49,9 +49,11 @@ class Kind:
 
     Attributes:
         task: Its parameters are the draft's; `task(ids [B, T + 1], draw)` is the loss.
+        watcher: What asks the target, through `watched`, which a `features.FeatureCache` may stand in for.
     """
 
     task: nn.Module
+    watcher: Any
 
     def __init__(self, target: HFModel, tokenizer: Any) -> None:
         self.target, self.tokenizer = target, tokenizer
@@ -98,7 +100,7 @@ class LongSpecKind(Kind):
             self.block = fitted_block(start.draft, block, target)
             tensors = {name: each.float() for name, each in tensors.items()}
             self.block.load_state_dict(tensors, assign=True)
-        self.task = LongSpecTask(target.model, self.block, how)
+        self.task = self.watcher = LongSpecTask(target.model, self.block, how)
         self.positions = min(how.positions, start.positions) if not how.anchor_offset else how.positions
 
     def write(self, folder: Path) -> None:
@@ -137,7 +139,7 @@ class Eagle3Kind(Kind):
                 self.head.load_state_dict(self.head.state_dict() | first)
             except RuntimeError as error:
                 raise ValueError(f"--init {start.draft} is no head that can be trained here: {error}") from error
-        self.task, self.positions = _HeadTask(self.head), start.positions
+        self.task, self.watcher, self.positions = _HeadTask(self.head), self.head, start.positions
 
     def write(self, folder: Path) -> None:
         self.write_tensors(folder, head_config(self.head, self.positions), self.head.state_dict())
@@ -166,7 +168,7 @@ class ClassicKind(Kind):
                 raise ValueError(
                     f"--init {start.draft} knows {self.model.config.vocab_size} tokens, the target {target.vocab_size}"
                 )
-        self.task = ClassicTask(self.model.train(), target.model if config.distill else None)
+        self.task = self.watcher = ClassicTask(self.model.train(), target.model if config.distill else None)
 
     def write(self, folder: Path) -> None:
         with quiet():

@@ -3,7 +3,7 @@
 The block reads its own keys through a window and the target's last layer some tokens late, as it does when it drafts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from specx.adapters.longspec_block import WINDOW, LongSpecBlock
 from specx.adapters.longspec_checkpoints import BlockFormat
 from specx.adapters.longspec_loader import check_fit
 from specx.hf import HFModel
+from specx.training.features import directly
 from specx.training.loss import cross_entropy, target_head
 
 SINKS = 4  # of the first tokens, up to so many keep their places where the others are shifted
@@ -101,6 +102,7 @@ class LongSpecTask(nn.Module):
         super().__init__()
         self.target_of = [target]  # in a list, so that it is no part of this module
         self.block, self.how = block, loss
+        self.watched: Callable[..., tuple[Tensor, ...]] = directly
 
     def forward(self, ids: Tensor, draw: tuple[int, ...]) -> Tensor:
         """Return the mean loss in nats on windows of tokens, int64 [B, T + 1]; `draw` seeds positions and lag."""
@@ -115,7 +117,7 @@ class LongSpecTask(nn.Module):
         """
         target: Any = self.target_of[0]
         tokens = ids[:, :-1]
-        keys, values, last = self.watch(tokens, positions)
+        keys, values, last = self.watched(self.watch, tokens, positions)
         embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
         x = embedding(tokens).to(self.block.input_layernorm.weight.dtype)
         tables = self.block.rotary.tables(positions, x)

@@ -26,6 +26,10 @@ class TrainConfig(Checked):
     )
     seed: int = option(42, "Of weights, windows and draws.", low=0, high=2**31 - 1)
     save_seconds: float = option(300.0, "Seconds between two saved states.", low=0.0)
+    feature_cache: str | None = option(
+        None, "Folder for what the target gives for a window, read by later trainings on the same windows."
+    )
+    feature_cache_size: float = option(10.0, "GiB at most; then nothing more is written there.", low=0.0)
     measure_every: int = option(200, "Steps between two measurements of acceptance on held-out text; 0: none.", low=0)
     measure_prompts: int = option(4, "Prompts of a measurement.", low=1)
     measure_context: int = option(512, "Tokens of each.", low=8)

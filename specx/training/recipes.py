@@ -195,4 +195,4 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     ),
 }
 PAIR = ("target", "draft")
-HEADS = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3", "longspec": "LongSpec"}
+HEADS = {"eagle1": "An EAGLE-1 head", "eagle3": "An EAGLE-3 head", "longspec": "A LongSpec draft"}

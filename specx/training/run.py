@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 
 from specx.adapters.checkpoints import check_device, check_files, default_device, load_model, load_tokenizer
@@ -17,11 +18,13 @@ from specx.api import SpeculativeModel
 from specx.config import DRAFT_ALONE, Checked, LoadConfig
 from specx.hf import HFModel
 from specx.training.data import Tokens
+from specx.training.features import FeatureCache, check_writable, fingerprint
 from specx.training.kinds import KINDS, Kind, Start
 from specx.training.loop import Batch, Course, Loop, warmup_cosine
 from specx.training.options import TrainConfig
 
 _FREE = {"save_seconds", "rows", "measure_every", "measure_prompts", "measure_context", "measure_tokens", "precision"}
+_FREE |= {"feature_cache", "feature_cache_size"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ def train(job: Job) -> dict[str, Any]:
             check_folder(job)
         torch.manual_seed(config.seed)
         kind, tokens = _prepared(job, accelerator)
+        if config.feature_cache is not None:
+            kind.watcher.watched = _feature_cache(job, kind, accelerator, bf16)
     except BaseException:
         if fresh:  # nothing was trained: leave nothing behind
             shutil.rmtree(job.out, ignore_errors=True)
@@ -105,6 +110,14 @@ def _prepared(job: Job, accelerator: Accelerator) -> tuple[Kind, Tokens]:
     return KINDS[job.kind](engine, tokenizer, job.own, tokens, start), tokens
 
 
+def _feature_cache(job: Job, kind: Kind, accelerator: Accelerator, bf16: bool) -> FeatureCache:
+    """Return a cache of what this target gives to this kind of draft, at this precision on this kind of device."""
+    about = {"kind": job.kind, "target": fingerprint(kind.target.model), "bf16": bf16}
+    about |= {"device": accelerator.device.type, "torch": torch.__version__, "transformers": transformers.__version__}
+    folder, size = Path(job.config.feature_cache or "").expanduser(), int(job.config.feature_cache_size * 2**30)
+    return FeatureCache(folder, size, about, accelerator.num_processes)
+
+
 def _course(config: TrainConfig, tokens: Tokens) -> Course:
     count = config.batch * config.length
     total = config.steps * count
@@ -135,8 +148,10 @@ def check_folder(job: Job) -> None:
     """Keep a call's options beside what it writes; refuse to go on with others.
 
     Raises:
-        ValueError: Naming the first option that differs.
+        ValueError: Naming the first option that differs, or a feature cache that cannot be written.
     """
+    if job.config.feature_cache is not None:
+        check_writable(Path(job.config.feature_cache).expanduser())
     options = {"kind": job.kind, "target": job.target, "data": job.data, "init": job.init}
     options |= {name: value for name, value in asdict(job.config).items() if name not in _FREE}
     options |= asdict(job.own)
