@@ -33,6 +33,9 @@ class Group(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise  # Click's own; it also ends quietly where the reader of a pipe has gone
+        except output.Terminated:
+            click.echo("terminated", err=True)
+            ctx.exit(output.TERMINATED)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(output.INTERRUPTED)

@@ -56,7 +56,8 @@ def evaluate(**given: Any) -> None:
             govreport, qmsum, multi_news, lcc, repobench-p (LongBench), pg19, booksum, aime24;
             a JSONL file with "text" keys, or a folder of them
 
-    Tables go to stdout, everything else to stderr. Ctrl-C keeps what was measured; --resume goes on.
+    Tables go to stdout, everything else to stderr. Ctrl-C and SIGTERM keep what was
+    measured; --resume goes on.
     """
     measures = tuple(dict.fromkeys(part.strip() for part in given["measure"].split(",") if part.strip()))
     unknown = [each for each in measures if each not in MEASURES]
@@ -76,7 +77,7 @@ def evaluate(**given: Any) -> None:
 
     rows: list[dict[str, Any]] = []
     try:
-        with shown() as (say, tick):
+        with output.ending_at_sigterm(), shown() as (say, tick):
             run(job, model, documents, say, rows, tick)
     finally:
         if rows:
