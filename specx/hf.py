@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from specx.hf_attention import IMPLEMENTATION, Call, ScoredRows
 from specx.hf_check import refusal, rope_types, self_check, static_trouble
 from specx.hf_config import positions_of
 from specx.packed import PackedLinears
+from specx.retrieval import chunk_scores
 from specx.static import BUCKETS, StaticCall, StaticSteps
 from specx.static_attention import PLAIN, Kernel, triton_kernel, triton_move
 
@@ -232,6 +233,20 @@ class HFModel:
         logits, features = self._run(ids, positions, cache, call, keep_logits, taps, context)
         cache.advance(ids.shape[0])
         return Output(logits.to(self.device), features, call.scored, call.windows)
+
+    def chunk_scores(
+        self,
+        cache: TreeCache,
+        layer: int,
+        scored: ScoredRows,
+        node: int,
+        chunk_size: int,
+        heads: Literal["mean", "max"] = "mean",
+    ) -> Tensor:
+        """Score chunks of `cache`, float32 [C], by what row `node` of a forward's scored rows attended to."""
+        key = cache.keys(layer)[0]
+        query, lse = scored.query[:, node].to(key.device), scored.lse[:, node].to(key.device)
+        return chunk_scores(key, query, lse, scored.scale, scored.softcap, chunk_size, heads)
 
     def _run(
         self,
