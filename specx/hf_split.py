@@ -144,20 +144,24 @@ class SplitModel(HFModel):
         caches: dict[int, TreeCache] = {}
         with self._ranks.together():
             while (order := self._ranks.hear()) is not None:
-                for number in order.gone:
-                    caches.pop(number, None)
-                if order.cache not in caches:
-                    caches[order.cache] = self.new_cache(order.capacity)
-                cache = caches[order.cache]
-                for change, argument in order.changes:
-                    getattr(cache, change)(argument)
-                if not order.score:
-                    moved = {
-                        name: None if each is None else each.to(self.device) for name, each in order.tensors.items()
-                    }
-                    self._scored = self.forward(**moved, cache=cache, **order.options).scored
-                elif self._scored is not None:
-                    self.chunk_scores(cache, scored=self._scored, **order.options)
+                self._obey(order, caches)
+
+    def _obey(self, order: _Order, caches: dict[int, TreeCache]) -> None:
+        for number in order.gone:
+            caches.pop(number, None)
+        if order.cache not in caches:
+            caches[order.cache] = self.new_cache(order.capacity)
+        cache = caches[order.cache]
+        for change, argument in order.changes:
+            getattr(cache, change)(argument)
+        if order.score:
+            assert self._scored is not None
+            self.chunk_scores(cache, scored=self._scored, **order.options)
+            return
+        moved: dict[str, Any] = {
+            name: None if each is None else each.to(self.device) for name, each in order.tensors.items()
+        }
+        self._scored = self.forward(cache=cache, **moved, **order.options).scored
 
     def _tell(self, cache: _LedCache, **what: Any) -> None:
         self._ranks.tell(_Order(cache.number, cache.capacity, cache.changes, self._gone.copy(), **what))

@@ -44,9 +44,10 @@ class Ranks:
             if local >= count:
                 raise ValueError(f"torchrun started more processes here than the {count} CUDA devices that torch sees")
             torch.cuda.set_device(local)
+        times = self._store.add(f"specx joins {self.rank}", 1)  # what is agreed upon may be agreed upon again
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore("specx", self._store),
+            store=dist.PrefixStore(f"specx {times}", self._store),
             rank=self.rank,
             world_size=self.size,
         )
