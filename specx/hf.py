@@ -22,7 +22,7 @@ from specx import attention
 from specx.cache import Memory, TreeCache
 from specx.hf_attention import IMPLEMENTATION, Call, ScoredRows
 from specx.hf_check import refusal, rope_types, self_check, static_trouble
-from specx.hf_config import positions_of
+from specx.hf_config import device_of, positions_of
 from specx.packed import PackedLinears
 from specx.retrieval import chunk_scores
 from specx.static import BUCKETS, StaticCall, StaticSteps
@@ -81,7 +81,7 @@ class HFModel:
     ) -> None:
         self.model, self.hybrid, self.flash_prefill = model, hybrid, flash_prefill
         self.config = model.config.get_text_config(decoder=True)
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model.get_input_embeddings())
         self.dtype: torch.dtype = model.dtype
         self.backend, self.backend_reason = attention.choose_backend(backend, self.device)
         self._attentions = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
@@ -145,7 +145,8 @@ class HFModel:
     @property
     def last_device(self) -> torch.device:
         """Where the last layer's keys and values lie."""
-        return next(self._stack()[-2].parameters()).device
+        layer = self._stack()[-2]
+        return device_of(next(each for each in layer.modules() if each._parameters))
 
     @property
     def head_dim(self) -> int:
