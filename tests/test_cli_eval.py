@@ -306,6 +306,26 @@ class TestFailures:
         assert f"INCOMPLETE: ended by {name}" in (out / "summary.md").read_text()
 
 
+class TestWhole:
+    def test_documents_are_measured_as_they_are(self, disk, data, tmp_path):
+        options = [*disk.pair, "--data", data, "--lengths", "whole", "--max-new-tokens", 4, "--draft-context", 96]
+        options += ["--samples", 2, "--methods", "ar,auto", "--out", tmp_path / "out"]
+        result = invoke(*options, "--measure", "tau,speed")
+        assert result.exit_code == 0, result.stderr
+        assert "note: tau compares lengths of one text, and --lengths whole gives each its own" in result.stderr
+        found = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert found["configuration"]["--lengths"] == "whole"
+        rows = rows_in(tmp_path / "out")
+        assert {row["measure"] for row in rows} == {"speed"}
+        assert len({row["context"] for row in rows}) == 1
+        assert len({row["tokens"] for row in rows}) == len({row["prompt"] for row in rows}) > 0
+        resumed = invoke(*options, "--measure", "tau,speed", "--resume")
+        assert "going on after" in resumed.stderr
+        result = invoke(*options[:-1], tmp_path / "none", "--measure", "tau")
+        assert result.exit_code == 2
+        assert not (tmp_path / "none").exists()
+
+
 class TestHelp:
     def test_imports_no_torch(self):
         code = (
