@@ -1,6 +1,7 @@
 """Checkpoints: checked before they are loaded, with errors that say what to do."""
 
 import importlib.util
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
 from specx.adapters.hub import brief, fetch
@@ -56,6 +58,18 @@ def check_machine(config: LoadConfig) -> None:
     ):
         if value and not _installed(module):
             raise ValueError(f"{option} {value} needs {module}: pip install {module}")
+
+
+def check_ranks(config: LoadConfig) -> None:
+    """Raise ValueError if an option says otherwise where torchrun splits the target over processes."""
+    for option, value in (
+        ("--device", config.device),
+        ("--device-map", config.device_map),
+        ("--quantization", config.quantization),
+        ("--graphs", config.graphs),
+    ):
+        if value:
+            raise ValueError(f"{option} does not go with torchrun, which gives each process a device: leave it away")
 
 
 def check_files(directory: str, role: str) -> None:
@@ -110,13 +124,14 @@ def _check_weights(file: Path, name: str) -> None:
             raise RuntimeError(f"{name}: {file.name} is damaged or cut off ({error}); download it again") from error
 
 
-def load_model(where: str, config: LoadConfig, role: str) -> PreTrainedModel:
+def load_model(where: str, config: LoadConfig, role: str, ranks: int = 1) -> PreTrainedModel:
     """Load a causal LM in eval mode.
 
     Args:
         where: A directory or a hub id.
         config: dtype, device and, for the target, device_map and quantization.
         role: "target" or "draft", for messages.
+        ranks: Processes that hold it together, by its own tensor-parallel plan; all of them call this.
 
     Raises:
         RuntimeError: If it cannot be loaded, or weights are missing from it.
@@ -126,7 +141,7 @@ def load_model(where: str, config: LoadConfig, role: str) -> PreTrainedModel:
     device = torch.device(config.device or default_device())
     options: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
     if role == "target":
-        options |= _placement(config)
+        options |= _placement(config) | _split(ranks)
     directory = fetch(where, role)
     check_files(directory, role)
     try:
@@ -141,7 +156,8 @@ def load_model(where: str, config: LoadConfig, role: str) -> PreTrainedModel:
     except Exception as error:  # whatever a broken checkpoint raises
         raise RuntimeError(f"cannot load the {role} from {where}: {_explain(error)}") from error
     _check_report(report, f"{role} {where}")
-    return model.eval() if "device_map" in options or "quantization_config" in options else model.to(device).eval()
+    placed = ranks > 1 or "device_map" in options or "quantization_config" in options
+    return model.eval() if placed else model.to(device).eval()
 
 
 def _check_report(report: dict[str, Any], name: str) -> None:
@@ -217,6 +233,14 @@ def _placement(config: LoadConfig) -> dict[str, Any]:
             load_in_4bit=config.quantization == "4bit", load_in_8bit=config.quantization == "8bit"
         )
     return options
+
+
+def _split(ranks: int) -> dict[str, Any]:
+    if ranks == 1:
+        return {}
+    if "tp_size" in inspect.signature(DistributedConfig).parameters:
+        return {"distributed_config": DistributedConfig(tp_size=ranks)}
+    return {"tp_plan": "auto"}  # of all processes; what transformers took before
 
 
 def _explain(error: Exception) -> str:

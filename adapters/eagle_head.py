@@ -17,6 +17,7 @@ from specx.adapters.eagle_format import HeadFormat
 from specx.adapters.eagle_rope import rotation
 from specx.cache import TreeCache
 from specx.hf_attention import Call
+from specx.hf_config import device_of
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -115,8 +116,7 @@ class EagleHead(nn.Module):
 
     def logits(self, read: Tensor) -> Tensor:
         """Return the logits [T, columns of the LM head] on the head's device."""
-        weight = self.lm_head.weight
-        return self.lm_head(read.to(weight.device)).to(self.device)
+        return self.lm_head(read.to(device_of(self.lm_head))).to(self.device)
 
     def allocate(self, cache: TreeCache) -> None:
         """Give an empty cache its memory, so that rows can be gathered into it before anything was computed."""
@@ -126,9 +126,9 @@ class EagleHead(nn.Module):
 
     def _enter(self, ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the first layer's attention reads, and its residual."""
-        table = self.embedding.weight
+        table = self.embedding
         # A target may know ids beyond the head's last one.
-        embeds = self.embedding(ids.clamp(max=len(table) - 1).to(table.device)).to(states)
+        embeds = table(ids.clamp(max=len(table.weight) - 1).to(device_of(table))).to(states)
         if self.embed_norm is None or self.state_norm is None:
             entry = self.fc(torch.cat([embeds, states], -1))
             return entry, entry

@@ -43,6 +43,8 @@ def load_draft(
         ValueError: A draft that does not fit the target.
     """
     name = draft if isinstance(draft, str) else type(draft).__name__
+    if tokens is not None and target.lm_head.weight.is_meta:
+        raise ValueError("draft_vocab needs the target's LM head in memory; accelerate has put it elsewhere")
     if name == LOOKUP:
         return LookupModel()
     kind = "classic" if directory is None else kind_of(directory)
@@ -102,7 +104,8 @@ def build_eagle(
     }
     for key, module in (("embed_tokens.weight", target.embedding), ("lm_head.weight", target.lm_head)):
         own = tensors.get(key)  # a frozen copy of the target's need not be held twice
-        if own is not None and own.shape == module.weight.shape and torch.equal(own, module.weight.to(own.device)):
+        there = own is not None and own.shape == module.weight.shape and not module.weight.is_meta
+        if own is not None and there and torch.equal(own, module.weight.to(own.device)):
             del tensors[key]
     if "embed_tokens.weight" not in tensors and target.embedding.weight.shape[1] != head.hidden:
         raise ValueError(f"draft {name} lacks embed_tokens.weight; the target's embeddings are not {head.hidden} wide")

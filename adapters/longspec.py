@@ -16,6 +16,7 @@ from specx.acceptance import Walk
 from specx.adapters.longspec_block import WINDOW, LongSpecBlock, OwnAttention, Tables
 from specx.config import CacheConfig
 from specx.hf import HFModel, Output
+from specx.hf_config import device_of
 from specx.tree import DraftTree, Plan, grow
 
 Rows = tuple[Tensor, Tensor]
@@ -62,13 +63,11 @@ class LongSpecModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the target's embeddings of ids, int64 [T], as [1, T, hidden]."""
-        table = self._embedding.weight
-        return self._embedding(ids.to(table.device))[None].to(self.block.input_layernorm.weight)
+        return self._embedding(ids.to(device_of(self._embedding)))[None].to(self.block.input_layernorm.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [T, V] of hidden states [1, T, hidden]."""
-        weight = self._head.weight
-        read = hidden[0].to(weight.device)
+        read = hidden[0].to(device_of(self._head))
         if self._rows is None:
             return self._head(read).to(self.device)
         bias = None if self._head.bias is None or self.vocabulary is None else self._head.bias[self.vocabulary]

@@ -18,6 +18,7 @@ from specx.data.prompts import read_answered
 from specx.data.sets import Score
 
 KILO = 1024
+WHOLE = "whole"  # in place of lengths: every document as long as it is
 _LENGTH = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kK]?)")
 
 

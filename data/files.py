@@ -19,7 +19,10 @@ def download(name: str, repo: str, file: str) -> Path:
         RuntimeError: If the hub does not give it and the cache does not hold it.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # without a network it warns of every attempt; the error below says it once
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset", etag_timeout=_SECONDS))
     except Exception as error:  # no such file, gated, or whatever the HTTP client raises without a network
@@ -29,6 +32,8 @@ def download(name: str, repo: str, file: str) -> Path:
             f"({type(error).__name__}: {reason}); fill the cache (HF_HOME) on a connected machine, or give --data a "
             "JSONL file, a folder of them, needle or stdlib"
         ) from error
+    finally:
+        logging.set_verbosity(before)
 
 
 def revision(path: Path) -> str:

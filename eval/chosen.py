@@ -1,12 +1,13 @@
 """Which prompts and spans are measured, of the documents that were read."""
 
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from torch import Tensor
 
-from specx.data.documents import Document, length_name
+from specx.data.documents import WHOLE, Document, length_name
 from specx.data.framed import cut
 from specx.data.sets import Score
 from specx.eval.spans import Kind, Span, choose_spans
@@ -19,7 +20,7 @@ class Prompt:
     Attributes:
         name: Of the document.
         context: The length that it stands for.
-        ids: int64 [at most context].
+        ids: int64 [at most context]; of whole documents about as many.
         answers, score: Reference answers, and how the output is compared with them.
     """
 
@@ -63,6 +64,34 @@ def choose_prompts(
         if count < samples:
             say(f"note: the data has {count} of the {samples} prompts of {length_name(context)} that were asked for")
     return found
+
+
+def whole_prompts(
+    data: str, documents: list[Document], samples: int, room: int, say: Callable[[str], None]
+) -> list[Prompt]:
+    """Return the first documents as whole prompts, all standing for one length, their median.
+
+    Args:
+        room: Tokens that a prompt may have; one with more is cut as for that length.
+        say: Told how long they are, and how many were cut.
+
+    Raises:
+        ValueError: If the data is made for given lengths.
+    """
+    if any(each.score == "contains" for each in documents):
+        raise ValueError(f"--lengths {WHOLE} is for documents; {data} is generated at the lengths that it is given")
+    chosen = documents[:samples]
+    prompts = [_prompt(each, room) for each in chosen]
+    sizes = sorted(len(each.ids) for each in prompts)
+    context = statistics.median_low(sizes)
+    cut_short = sum(len(each.ids) + _around(each) > room for each in chosen)
+    also = f"; {cut_short} of them, longer than the target's room, cut to {room}" if cut_short else ""
+    say(f"note: {len(sizes)} whole documents of {sizes[0]} to {sizes[-1]} tokens, shown as their median{also}")
+    return [replace(each, context=context) for each in prompts]
+
+
+def _around(document: Document) -> int:
+    return len(document.frame.before) + len(document.frame.after) if document.frame else 0
 
 
 def _labelled(data: str, documents: list[Document], contexts: Sequence[int], samples: int) -> list[Prompt]:

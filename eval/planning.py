@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from specx.api import SpeculativeModel
-from specx.data.documents import Document, length_name
-from specx.eval.chosen import Prompt, choose_kinds, choose_prompts
+from specx.data.documents import WHOLE, Document, length_name
+from specx.eval.chosen import Prompt, choose_kinds, choose_prompts, whole_prompts
 from specx.eval.methods import Spec, build, options_of
 from specx.eval.spans import Span
 from specx.eval.summary import fingerprint
@@ -24,7 +24,7 @@ class Job:
 
     Attributes:
         data: As given.
-        contexts: Prompt lengths in tokens, ascending.
+        contexts: Prompt lengths in tokens, ascending; none: every document as long as it is, up to `room`.
         samples: Prompts a length for speed; memory and traces take the first.
         spans: Spans of each kind for tau.
         span_tokens: Tokens of each span.
@@ -36,6 +36,7 @@ class Job:
         ray: Address of a Ray cluster whose actors measure instead.
         about: What was read, in words.
         continues: Whether documents have a text of their own to walk along, as tau does.
+        room: Tokens that a prompt may have.
     """
 
     data: str
@@ -55,6 +56,7 @@ class Job:
     ray: str | None = None
     about: str = ""
     continues: bool = True
+    room: int = 0
 
 
 def planned(job: Job, model: SpeculativeModel, documents: list[Document], say: Say) -> tuple[list[Unit], list[str]]:
@@ -77,7 +79,8 @@ def planned(job: Job, model: SpeculativeModel, documents: list[Document], say: S
     spans = chosen_spans(job, model, documents, note)
     prompts = chosen_prompts(job, documents, note)
     check_fits(job, model, spans, prompts)
-    return plan(job.measures, counts, job.contexts, prompts, spans, job.runs), notes
+    contexts = job.contexts or [each.context for each in prompts[:1]]
+    return plan(job.measures, counts, contexts, prompts, spans, job.runs), notes
 
 
 def configuration(job: Job, units: Sequence[Unit], facts: Row) -> Row:
@@ -85,7 +88,7 @@ def configuration(job: Job, units: Sequence[Unit], facts: Row) -> Row:
     loading = {name: value for name, value in sorted(job.loading.items()) if value is not None}
     return {
         "--data": job.data, "data hash": fingerprint(units),
-        "--lengths": ",".join(map(length_name, job.contexts)), "--samples": job.samples, "--runs": job.runs,
+        "--lengths": ",".join(map(length_name, job.contexts)) or WHOLE, "--samples": job.samples, "--runs": job.runs,
         "--methods": ",".join(spec.text for spec in job.specs), "--measure": ",".join(sorted(job.measures)),
         "--spans": job.spans, "--span-tokens": job.span_tokens, "--max-new-tokens": job.new,
         "models": facts["models"], "loading": {name: _plain(value) for name, value in loading.items()},
@@ -127,6 +130,8 @@ def chosen_spans(job: Job, model: SpeculativeModel, documents: list[Document], s
     missing = None
     if not any(spec.drafts for spec in job.specs):
         missing = "tau needs a method with a draft of ours: full, window, retrieval or auto"
+    elif not job.contexts:
+        missing = f"tau compares lengths of one text, and --lengths {WHOLE} gives each its own"
     elif not job.continues:
         missing = f"tau walks along a text, and {job.data} has none to continue"
     if missing:
@@ -143,6 +148,8 @@ def chosen_prompts(job: Job, documents: list[Document], say: Say) -> list[Prompt
     """Return the prompts for speed, memory and traces."""
     if not {"speed", "memory", "trace"} & set(job.measures):
         return []
+    if not job.contexts:
+        return whole_prompts(job.data, documents, job.samples, job.room, say)
     return choose_prompts(job.data, documents, job.contexts, job.samples, job.new, say)
 
 

@@ -21,14 +21,12 @@ class RayPool:
         count: How many actors; None: as many as the cluster has room for.
 
     Raises:
-        RuntimeError: If Ray is not installed, or the cluster cannot be reached.
+        RuntimeError: If the cluster cannot be reached.
     """
 
     def __init__(self, task: Task, address: str, count: int | None) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise RuntimeError("--ray needs Ray: pip install 'specx[ray]'") from error
+        import ray
+
         self._ray, self._mine = ray, not ray.is_initialized()
         if self._mine:
             try:

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from specx.adapters.checkpoints import (
     check_config,
     check_files,
     check_machine,
+    check_ranks,
     compare_tokenizers,
     load_model,
     load_tokenizer,
@@ -29,7 +30,9 @@ from specx.draft import DraftModel
 from specx.generation import Generation
 from specx.hf import HFModel
 from specx.hf_config import positions_of
+from specx.hf_split import SplitModel, unsplittable
 from specx.profiles import NO_PROFILE, Profile, key_of, load_profile
+from specx.ranks import Ranks
 from specx.step_costs import StepCosts
 from specx.text import TextStream
 
@@ -223,6 +226,7 @@ def load(
     *,
     tokenizer: Any | None = None,
     specextend: bool = True,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> SpeculativeModel:
     """Load a target and its draft; `load()` is the bundled pair.
@@ -232,6 +236,8 @@ def load(
         draft: The same for the draft. None with a target: no draft, plain decoding.
         tokenizer: The target's, for live models.
         specextend: Hybrid tree attention and a bounded draft cache; False is ordinary tree speculation.
+        ranks: The processes that hold the target together; all of them load it. The first one gets the model, the
+            others one whose `engine.follow()` they call.
         options: Fields of `specx.config.LoadConfig` (dtype, device, backend, ...) and generation defaults.
 
     Raises:
@@ -246,10 +252,15 @@ def load(
     config = LoadConfig(**{name: options.pop(name) for name in names & options.keys()})
     settings = Settings(use_specextend=specextend).override(**options)
     check_machine(config)
+    if ranks is not None:
+        check_ranks(config)
     target, draft = _complete(_named(target), _named(draft))
     # Everything that can be wrong is looked for before the weights of either model are read.
     where = _directory(target, "target", config.trust_remote_code)
     draft_where = _directory(draft, "draft", config.trust_remote_code)
+    whole_head = False
+    if ranks is not None:
+        whole_head = _check_split(target, where, draft, draft_where, ranks, config.trust_remote_code)
     if tokenizer is None and where is not None:
         tokenizer = load_tokenizer(where, config.trust_remote_code)
     if tokenizer is not None and draft_where is not None:
@@ -257,8 +268,10 @@ def load(
     tokens = None
     if config.draft_vocab is not None:
         tokens = read_vocabulary(config.draft_vocab, tokenizer, config.draft_vocab_size)
-    target_model = target if where is None else load_model(where, config, "target")
-    engine = _enhanced(target_model, config, specextend)
+    target_model = target if where is None else load_model(where, config, "target", ranks.size if ranks else 1)
+    engine = _enhanced(target_model, config, specextend, ranks, whole_head)
+    if isinstance(engine, SplitModel) and not engine.lead_if_first():
+        return SpeculativeModel(engine, None, tokenizer, settings)
     if draft is None:
         return SpeculativeModel(engine, None, tokenizer, settings)
     adapter = load_draft(draft, draft_where, engine, settings.cache.draft_context, config, tokens)
@@ -317,6 +330,31 @@ def _check_tokenizer(target: Any, draft: Any | None, name: str) -> None:
         raise ValueError(f"draft {name} does not share the target's tokenizer: {'; '.join(wrong)}")
 
 
-def _enhanced(model: PreTrainedModel, config: LoadConfig, specextend: bool) -> HFModel:
+def _check_split(
+    target: Any, where: str | None, draft: Any, draft_where: str | None, ranks: Ranks, trust_remote_code: bool
+) -> bool:
+    """Raise ValueError if processes cannot hold a target together; return whether the draft reads its LM head."""
+    if where is None:
+        raise ValueError("a live target cannot be split over processes: give a name or a directory")
+    reason = unsplittable(AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code), ranks.size)
+    if reason:
+        raise ValueError(
+            f"target {target} cannot be split over {ranks.size} processes: {reason}; start another number of them, or "
+            "one with --device-map auto"
+        )
+    kind = kind_of(draft_where) if draft_where is not None else "classic"
+    if kind == "longspec":
+        raise ValueError(
+            f"draft {draft} reads the target's keys and values, of which each process holds a part: use another draft, "
+            "or one process with --device-map auto"
+        )
+    return kind == "eagle"
+
+
+def _enhanced(
+    model: PreTrainedModel, config: LoadConfig, specextend: bool, ranks: Ranks | None, whole_head: bool
+) -> HFModel:
     hybrid, flash = (specextend if it is None else it for it in (config.hybrid_attention, config.flash_prefill))
-    return HFModel(model, config.backend, hybrid, flash, config.pack_weights, config.graphs)
+    if ranks is None:
+        return HFModel(model, config.backend, hybrid, flash, config.pack_weights, config.graphs)
+    return SplitModel(model, ranks, whole_head, backend=config.backend, hybrid=hybrid, flash_prefill=flash)

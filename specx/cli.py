@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import specx
-from specx import output
+from specx import cli_ranks, output
 from specx.adapters.names import DRAFTS, TARGETS, locate
 from specx.cli_bench import bench
 from specx.cli_controller import controller
@@ -23,6 +23,7 @@ from specx.config import LoadConfig
 
 if TYPE_CHECKING:
     from specx.api import Prompt, SpeculativeModel
+    from specx.ranks import Ranks
 
 
 class Group(click.Group):
@@ -33,6 +34,9 @@ class Group(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise  # Click's own; it also ends quietly where the reader of a pipe has gone
+        except output.Terminated:
+            click.echo("terminated", err=True)
+            ctx.exit(output.TERMINATED)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(output.INTERRUPTED)
@@ -54,7 +58,8 @@ def _as_click(error: Exception) -> click.ClickException:
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(specx.__version__, prog_name="specx")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Speculative decoding that survives long prompts; the target's output is unchanged.
 
     \b
@@ -67,6 +72,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end a generation
+    cli_ranks.begin(ctx.invoked_subcommand)
 
 
 @main.command()
@@ -86,14 +92,22 @@ def main() -> None:
 )
 @click.option("--explain", is_flag=True, help="Say what the controller turned to, and why.")
 def run(**given: Any) -> None:
-    """Generate text with a target and its draft. Text goes to stdout, everything else to stderr."""
-    texts = _texts(given)
-    if given["stats_json"] is not None:
+    """Generate text with a target and its draft. Text goes to stdout, everything else to stderr.
+
+    \b
+    torchrun --nproc-per-node 2 -m specx run ...    the target's layers are split over the processes
+    """
+    first = cli_ranks.leads()
+    texts = _texts(given) if first else None
+    if first and given["stats_json"] is not None:
         output.check_writable(given["stats_json"])
-    with output.quitting_at_ctrl_c():
-        model = _load(given)
-    samples: list[Prompt] = [_demo(model)] if texts is None else [_encoded(model, text, given) for text in texts]
-    _generate_all(model, samples, given)
+    with cli_ranks.joined() as ranks:
+        with output.quitting_at_ctrl_c():
+            model = _load(given, ranks)
+        if not first:
+            return cli_ranks.follow(model)
+        samples: list[Prompt] = [_demo(model)] if texts is None else [_encoded(model, text, given) for text in texts]
+        _generate_all(model, samples, given)
 
 
 def _texts(given: dict[str, Any]) -> list[str] | None:
@@ -116,21 +130,22 @@ def _texts(given: dict[str, Any]) -> list[str] | None:
     return None
 
 
-def _load(given: dict[str, Any]) -> "SpeculativeModel":
+def _load(given: dict[str, Any], ranks: "Ranks | None" = None) -> "SpeculativeModel":
     from specx.api import load
 
     asked = [given[role] for role in ("target", "draft") if given[role] is not None]
     click.echo(f"loading {' and '.join(asked) or 'the bundled pair'}", err=True)
     names = [each.name for config in (LoadConfig, *GENERATION) for each in fields(config)]
     options = {name: given[name] for name in names if given[name] not in (None, ())}
-    model = load(given["target"], given["draft"], specextend=given["specextend"], **options)
+    model = load(given["target"], given["draft"], specextend=given["specextend"], ranks=ranks, **options)
     if model.tokenizer is None:
         raise click.UsageError(f"target {given['target']} has no tokenizer files; save its tokenizer in that directory")
     engine, draft = model.engine, model.draft
     drafting = f"draft {draft.name} (context {draft.draft_context}, {draft.context_source})" if draft else "no draft"
     dtype = str(engine.dtype).removeprefix("torch.")
+    split = f" in {ranks.size} processes" if ranks else ""
     click.echo(
-        f"target {type(model.target).__name__} {dtype} on {engine.device}, {drafting}; "
+        f"target {type(model.target).__name__} {dtype} on {engine.device}{split}, {drafting}; "
         f"attention {engine.backend}: {engine.backend_reason}",
         err=True,
     )

@@ -4,6 +4,7 @@ import contextlib
 import shlex
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from specx.eval.planning import Job
 
 MEASURES = ("tau", "speed", "memory", "trace")
+_NO_LIMIT = 1 << 20  # tokens of a prompt, for a target without a known number of positions
 METHODS = "ar,hf-assisted,hf-lookup,full,window,retrieval,auto"
 
 
@@ -26,7 +28,10 @@ METHODS = "ar,hf-assisted,hf-lookup,full,window,retrieval,auto"
 @model_options
 @click.option("--data", required=True, metavar="NAME|FILE|DIR", help="See below.")
 @click.option(
-    "--lengths", metavar="LIST", help="Prompt lengths in the target's tokens. Default: by the data; else 512,2K,8K,16K."
+    "--lengths",
+    metavar="LIST",
+    help="Prompt lengths in the target's tokens, or whole: each document as it is. Default: by the data; else "
+    "512,2K,8K,16K.",
 )
 @click.option("--samples", default=4, show_default=True, type=click.IntRange(1), help="Prompts a length, for speed.")
 @click.option("--runs", default=1, show_default=True, type=click.IntRange(1), help="Timings a prompt.")
@@ -56,7 +61,8 @@ def evaluate(**given: Any) -> None:
             govreport, qmsum, multi_news, lcc, repobench-p (LongBench), pg19, booksum, aime24;
             a JSONL file with "text" keys, or a folder of them
 
-    Tables go to stdout, everything else to stderr. Ctrl-C keeps what was measured; --resume goes on.
+    Tables go to stdout, everything else to stderr. Ctrl-C and SIGTERM keep what was
+    measured; --resume goes on.
     """
     measures = tuple(dict.fromkeys(part.strip() for part in given["measure"].split(",") if part.strip()))
     unknown = [each for each in measures if each not in MEASURES]
@@ -67,6 +73,8 @@ def evaluate(**given: Any) -> None:
         if given[role] is not None:
             locate(given[role], role)
     out = _usable(given["out"], given["resume"])
+    if given["ray"] is not None and find_spec("ray") is None:
+        raise RuntimeError("--ray needs Ray: pip install 'specx[ray]'")
     if given["report"]:
         _check_report()
     with output.quitting_at_ctrl_c():
@@ -76,7 +84,7 @@ def evaluate(**given: Any) -> None:
 
     rows: list[dict[str, Any]] = []
     try:
-        with shown() as (say, tick):
+        with output.ending_at_sigterm(), shown() as (say, tick):
             run(job, model, documents, say, rows, tick)
     finally:
         if rows:
@@ -112,14 +120,15 @@ def _usable(name: str, resume: bool) -> Path:
 
 def _prepared(given: dict[str, Any], measures: tuple[str, ...], out: Path) -> tuple["Job", Any, Any]:
     """Find what mistakes can be found before the models are loaded; load, and read the data."""
-    from specx.data.documents import parse_lengths
+    from specx.data.documents import WHOLE, parse_lengths
     from specx.data.source import check_source, defaults_of, read_data
     from specx.eval.methods import ALL, check_draft, fitting, parse_methods  # first: it sets HF's best setting
 
     specs = parse_methods(given["methods"])
     if given["methods"].strip() != ALL:
         check_draft(specs, given["draft"] is not None or given["target"] is None)
-    contexts = parse_lengths(given["lengths"]) if given["lengths"] is not None else []
+    whole = given["lengths"] == WHOLE
+    contexts = parse_lengths(given["lengths"]) if given["lengths"] is not None and not whole else []
     check_source(given["data"])
     lengths, new = defaults_of(given["data"])
     new = given["max_new_tokens"] or new
@@ -127,6 +136,7 @@ def _prepared(given: dict[str, Any], measures: tuple[str, ...], out: Path) -> tu
 
     from specx.api import load
     from specx.eval.planning import Job
+    from specx.hf_config import positions_of
 
     loading = _loading(given)
     asked = [given[role] for role in ("target", "draft") if given[role] is not None]
@@ -136,8 +146,10 @@ def _prepared(given: dict[str, Any], measures: tuple[str, ...], out: Path) -> tu
     if model.tokenizer is None:
         raise ValueError(f"target {given['target']} has no tokenizer files; save its tokenizer in that directory")
     click.echo(f"reading {given['data']}", err=True)
-    contexts = contexts or _fitted(parse_lengths(lengths), model, max(new, given["span_tokens"]))
-    lengths, seed = ",".join(map(str, contexts)), given["seed"] or 0
+    room = (positions_of(model.engine.config) or _NO_LIMIT) - new
+    if not whole:
+        contexts = contexts or _fitted(parse_lengths(lengths), model, max(new, given["span_tokens"]))
+    lengths, seed = ",".join(map(str, contexts or [max(room, 1)])), given["seed"] or 0
     data = read_data(given["data"], model.tokenizer, lengths, given["samples"], given["chat"], seed)
     if given["methods"].strip() == ALL:
         specs = fitting(specs, model)
@@ -145,7 +157,7 @@ def _prepared(given: dict[str, Any], measures: tuple[str, ...], out: Path) -> tu
         data=given["data"], contexts=contexts, specs=specs, measures=measures, samples=given["samples"],
         spans=given["spans"], span_tokens=given["span_tokens"], new=new, loading=loading, out=out,
         command=shlex.join(["specx", *sys.argv[1:]]), runs=given["runs"], resume=given["resume"],
-        workers=given["workers"], ray=given["ray"], about=data.about, continues=data.continues,
+        workers=given["workers"], ray=given["ray"], about=data.about, continues=data.continues, room=room,
     )  # fmt: skip
     return job, model, data.documents
 

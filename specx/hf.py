@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from specx import attention
 from specx.cache import Memory, TreeCache
 from specx.hf_attention import IMPLEMENTATION, Call, ScoredRows
 from specx.hf_check import refusal, rope_types, self_check, static_trouble
-from specx.hf_config import positions_of
+from specx.hf_config import device_of, positions_of
 from specx.packed import PackedLinears
+from specx.retrieval import chunk_scores
 from specx.static import BUCKETS, StaticCall, StaticSteps
 from specx.static_attention import PLAIN, Kernel, triton_kernel, triton_move
 
@@ -80,7 +81,7 @@ class HFModel:
     ) -> None:
         self.model, self.hybrid, self.flash_prefill = model, hybrid, flash_prefill
         self.config = model.config.get_text_config(decoder=True)
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model.get_input_embeddings())
         self.dtype: torch.dtype = model.dtype
         self.backend, self.backend_reason = attention.choose_backend(backend, self.device)
         self._attentions = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
@@ -144,7 +145,8 @@ class HFModel:
     @property
     def last_device(self) -> torch.device:
         """Where the last layer's keys and values lie."""
-        return next(self._stack()[-2].parameters()).device
+        layer = self._stack()[-2]
+        return device_of(next(each for each in layer.modules() if each._parameters))
 
     @property
     def head_dim(self) -> int:
@@ -232,6 +234,20 @@ class HFModel:
         logits, features = self._run(ids, positions, cache, call, keep_logits, taps, context)
         cache.advance(ids.shape[0])
         return Output(logits.to(self.device), features, call.scored, call.windows)
+
+    def chunk_scores(
+        self,
+        cache: TreeCache,
+        layer: int,
+        scored: ScoredRows,
+        node: int,
+        chunk_size: int,
+        heads: Literal["mean", "max"] = "mean",
+    ) -> Tensor:
+        """Score chunks of `cache`, float32 [C], by what row `node` of a forward's scored rows attended to."""
+        key = cache.keys(layer)[0]
+        query, lse = scored.query[:, node].to(key.device), scored.lse[:, node].to(key.device)
+        return chunk_scores(key, query, lse, scored.scale, scored.softcap, chunk_size, heads)
 
     def _run(
         self,

@@ -68,22 +68,22 @@ class Call:
         start = 0 if window is None else max(0, self.prefix - window + 1)
         single = rows == 1 and keys - self.prefix == 1
         options["backend"] = self.backend
-        dtype = query.dtype
         if self.dense and not single:
-            dense = self._bias("dense", window, start, dtype)
+            dense = self._bias("dense", window, start, query)
             return attention.attend(query, key[:, :, start:], value[:, :, start:], bias=dense, **options)
         causal = self.mask is None and (window is None or rows <= window)
-        tail_bias = None if single or causal else self._bias("tail", window, start, dtype)
+        tail_bias = None if single or causal else self._bias("tail", window, start, query)
         cuts_prefix = window is not None and not single and self.prefix > start
-        prefix_bias = self._bias("prefix", window, start, dtype) if cuts_prefix else None
+        prefix_bias = self._bias("prefix", window, start, query) if cuts_prefix else None
         return attention.hybrid_tree_attention(
             query, key, value, self.prefix, tail_bias=tail_bias, prefix_bias=prefix_bias, start=start, **options
         )
 
-    def _bias(self, part: str, window: int | None, start: int, dtype: torch.dtype) -> Tensor:
-        """Build a bias once a forward, not once a layer."""
-        found = self._biases.get((part, window, dtype))
-        if found is None or found.device != self.positions.device:
+    def _bias(self, part: str, window: int | None, start: int, like: Tensor) -> Tensor:
+        """Build a bias once a forward and device, not once a layer."""
+        key = part, window, like.dtype, like.device
+        found = self._biases.get(key)
+        if found is None:
             masks = []
             if part in ("prefix", "dense"):
                 past = torch.arange(start, self.prefix, device=self.positions.device)
@@ -93,8 +93,8 @@ class Call:
                 distance = self.positions[:, None] - self.tail_positions
                 seen = self.mask if self.mask is not None else distance >= 0
                 masks.append(seen & (distance < window) if window is not None else seen)
-            found = attention.additive(torch.cat(masks, dim=1), dtype)
-            self._biases[part, window, dtype] = found
+            found = attention.additive(torch.cat(masks, dim=1), like.dtype).to(like.device)
+            self._biases[key] = found
         return found
 
 

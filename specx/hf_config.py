@@ -1,12 +1,23 @@
-"""What `model.generate` would read from a model's configs: positions, end of text, logits processors."""
+"""What `model.generate` would read from a model's configs (positions, end of text, logits processors) and hooks."""
 
 import copy
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specx.config import SamplingConfig
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes; its weights may wait elsewhere, or on the disk, for accelerate to fetch them."""
+    device = next(module.parameters()).device
+    hook: Any = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        device = getattr(each, "execution_device", None) if device.type == "meta" else device
+        device = torch.device("meta" if device is None else device)
+    return device
 
 
 def positions_of(config: Any) -> int | None:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from specx.generation import Generation
 
 _COLOURS = {"draft": "green", "context": "yellow", "both": "cyan", "target": "blue"}
-INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
+INTERRUPTED, TERMINATED = 130, 143  # what shells say of a process that Ctrl-C, or SIGTERM, ended
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: somebody, such as a cluster's scheduler, wants this process to end."""
 
 
 def stream(steps: "Generator[list[Segment]]", coloured: bool) -> bool:
@@ -56,19 +60,31 @@ def quitting_at_ctrl_c() -> Iterator[None]:
         os.write(2, b"interrupted\n")
         os._exit(INTERRUPTED)
 
-    with _on_ctrl_c(leave):
+    with _on(signal.SIGINT, leave):
         yield
 
 
 @contextmanager
-def _on_ctrl_c(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # as it is in a shell script's background jobs
-        signal.signal(signal.SIGINT, handler)
+def ending_at_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what runs inside as Ctrl-C does, with `Terminated`; a second one changes nothing."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or it would end the writing of what is there
+        raise Terminated
+
+    with _on(signal.SIGTERM, leave):
+        yield
+
+
+@contextmanager
+def _on(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = signal.getsignal(number)
+    if before is not signal.SIG_IGN:  # as Ctrl-C is in a shell script's background jobs
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 @contextmanager
@@ -80,7 +96,7 @@ def _gentle_ctrl_c() -> Iterator[dict[str, int]]:
         if not pressed["gently"] or pressed["count"] > 1:
             raise KeyboardInterrupt
 
-    with _on_ctrl_c(note):
+    with _on(signal.SIGINT, note):
         yield pressed
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from specx.hf import HFModel, Output
-from specx.retrieval import chunk_scores
 from specx.tree import DraftTree
 
 PREFILL_CHUNK = 2048
@@ -107,7 +106,4 @@ class Target:
         """
         if self.score_layer is None or self._last is None or self._last.scored is None:
             return None
-        row = self._last.scored
-        key = self.cache.keys(self.score_layer)[0]
-        query, lse = row.query[:, node].to(key.device), row.lse[:, node].to(key.device)
-        return chunk_scores(key, query, lse, row.scale, row.softcap, chunk_size, heads)
+        return self.model.chunk_scores(self.cache, self.score_layer, self._last.scored, node, chunk_size, heads)

@@ -16,14 +16,24 @@ LAYERS = [
     {"config", "branches", "costs"},
     {"candidates"},
     {"tree", "lookup"},
-    {"backends", "cache", "retrieval", "acceptance", "kernels", "kernel_plans", "kernel_checks", "kernel_launch"}
+    {
+        "backends",
+        "cache",
+        "ranks",
+        "retrieval",
+        "acceptance",
+        "kernels",
+        "kernel_plans",
+        "kernel_checks",
+        "kernel_launch",
+    }
     | {"kernel_attention", "kernel_scores", "kernel_commit"},
     {"static_attention"},
     {"attention"},
     {"hf_attention", "hf_config", "packed"},
     {"static"},
     {"sampling", "hf", "hf_check", "text"},
-    {"target", "draft", "rotary"},
+    {"target", "draft", "rotary", "hf_split"},
     {"profiles"},
     {"step_costs", "store", "generation", "sources"},
     {"worth", "draft_cache"},
@@ -34,8 +44,8 @@ LAYERS = [
     {"api"},
     {"doctor", "retrofit_check", "training", "eval"},
     {
-        *("cli", "cli_bench", "cli_controller", "cli_eval", "cli_options", "cli_report", "cli_retrofit", "cli_train"),
-        *("cli_tune", "output", "progress", "__main__"),
+        *("cli", "cli_bench", "cli_controller", "cli_eval", "cli_options", "cli_ranks", "cli_report", "cli_retrofit"),
+        *("cli_train", "cli_tune", "output", "progress", "__main__"),
     },
 ]
 # Plain tables and dataclasses: anyone above config may read them, and they may not import torch.

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from click.testing import CliRunner
@@ -266,31 +267,63 @@ class TestFailures:
         assert f"INCOMPLETE: ended by {type(error).__name__}" in summary
         assert "| ar-static |" in summary
 
-    def test_ctrl_c_in_the_middle(self, disk, data, specx_command, tmp_path):
+    @pytest.mark.parametrize(
+        ("number", "status", "said", "name"),
+        [
+            (signal.SIGINT, 130, "interrupted", "KeyboardInterrupt"),
+            (signal.SIGTERM, 143, "terminated", "Terminated"),
+        ],
+        ids=["ctrl-c", "sigterm"],
+    )
+    def test_a_signal_in_the_middle(self, disk, data, specx_command, tmp_path, number, status, said, name):
         command, env = specx_command
+        out = tmp_path / "out"
         options = ["--measure", "tau", "--methods", "full,auto", "--lengths", "64,128", "--spans", "1000"]
+        command = [*command, "eval", *disk.pair, "--data", str(data), *options, "--out", str(out)]
         before = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what Ctrl-C reaches, even in the background
         try:
-            process = subprocess.Popen(
-                [*command, "eval", *disk.pair, "--data", str(data), *options, "--out", str(tmp_path / "out")],
-                env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
+            process = subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True)
         finally:
             signal.signal(signal.SIGINT, before)
         lines = iter(process.stderr.readline, "")
         seen = 0
         while seen < 6:
             seen += next(lines).startswith("tau ")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         text, errors = process.communicate(timeout=60)
-        assert process.returncode == 130
+        assert process.returncode == status
         assert "Traceback" not in errors
-        assert errors.splitlines()[-1] == "interrupted"
-        rows = rows_in(tmp_path / "out")
-        assert len(rows) >= 6
+        assert errors.splitlines()[-1] == said
+        found = json.loads((out / "summary.json").read_text())
+        assert (found["status"], found["ended_by"]) == ("interrupted", name)
+        per_unit = Counter(row["unit"] for row in rows_in(out))
+        whole = sum(count == 2 for count in per_unit.values())  # full and auto
+        assert whole >= 2
+        assert whole - found["units"]["done"] in (0, 1)  # 1: the signal came between a row and the count
+        assert len(per_unit) <= whole + 1  # what was in flight
         assert text.split()[:3] == ["tau,", "ordinary", "spans"]
-        assert "INCOMPLETE: ended by KeyboardInterrupt" in (tmp_path / "out" / "summary.md").read_text()
+        assert f"INCOMPLETE: ended by {name}" in (out / "summary.md").read_text()
+
+
+class TestWhole:
+    def test_documents_are_measured_as_they_are(self, disk, data, tmp_path):
+        options = [*disk.pair, "--data", data, "--lengths", "whole", "--max-new-tokens", 4, "--draft-context", 96]
+        options += ["--samples", 2, "--methods", "ar,auto", "--out", tmp_path / "out"]
+        result = invoke(*options, "--measure", "tau,speed")
+        assert result.exit_code == 0, result.stderr
+        assert "note: tau compares lengths of one text, and --lengths whole gives each its own" in result.stderr
+        found = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert found["configuration"]["--lengths"] == "whole"
+        rows = rows_in(tmp_path / "out")
+        assert {row["measure"] for row in rows} == {"speed"}
+        assert len({row["context"] for row in rows}) == 1
+        assert len({row["tokens"] for row in rows}) == len({row["prompt"] for row in rows}) > 0
+        resumed = invoke(*options, "--measure", "tau,speed", "--resume")
+        assert "going on after" in resumed.stderr
+        result = invoke(*options[:-1], tmp_path / "none", "--measure", "tau")
+        assert result.exit_code == 2
+        assert not (tmp_path / "none").exists()
 
 
 class TestHelp:

@@ -13,7 +13,7 @@ from specx.data import files, needle, sets, source
 from specx.data.framed import cut, frame
 from specx.data.sets import DATA_SETS, read_set
 from specx.data.source import NAMES, check_source, defaults_of, read_data
-from specx.eval.chosen import choose_prompts
+from specx.eval.chosen import choose_prompts, whole_prompts
 
 LONGBENCH = ("govreport", "qmsum", "multi_news", "lcc", "repobench-p")
 
@@ -255,6 +255,28 @@ class TestPrompts:
         (tmp_path / "a_64.jsonl").rename(tmp_path / "a.jsonl")
         with pytest.raises(ValueError, match=r"--chat needs data whose rows are prompts: a.jsonl:1"):
             read_data(str(tmp_path), Letters("<TEXT>"), "64", 2, chat=True)
+
+    def test_whole_documents_stand_for_their_median(self, tmp_path):
+        rows = [{"text": letter * count} for letter, count in (("a", 50), ("b", 20), ("c", 99), ("d", 7))]
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        documents, said = read_data(str(tmp_path), Letters(), "60", 3).documents, []
+        found = whole_prompts("here", documents, 3, 60, said.append)
+        assert [(letters(each.ids)[:2], len(each.ids), each.context) for each in found] == [
+            ("^a", 51, 51),
+            ("^b", 21, 51),
+            ("^c", 60, 51),
+        ]
+        (line,) = said
+        assert line.startswith("note: 3 whole documents of 21 to 60 tokens, shown as their median; 1 of them")
+        with pytest.raises(ValueError, match="--lengths whole is for documents; needle is generated"):
+            whole_prompts("needle", read_data("needle", Letters(), "600", 1).documents, 1, 60, print)
+
+    def test_whole_documents_keep_what_stands_around_them(self, published):
+        data = read_data("multi_news", Letters(), "9000", 2)
+        sizes = [len(each.frame.before) + len(each.ids) + len(each.frame.after) for each in data.documents]
+        found = whole_prompts("multi_news", data.documents, 9, 9000, print)
+        assert [len(each.ids) for each in found] == sizes
+        assert all(letters(each.ids).startswith("^Below") for each in found)
 
     @pytest.mark.parametrize("length", [1, 2, 10, 16, 17, 40, 99, 100, 101])
     def test_cut(self, length):

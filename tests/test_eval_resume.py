@@ -217,9 +217,10 @@ class TestRay:
     def test_without_ray(self, disk, data, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", None)
         options = [*disk.pair, "--data", data, *SMALL, "--methods", "ar", "--measure", "speed", "--ray", "auto"]
-        result = invoke(*options, "--out", tmp_path)
+        result = invoke(*options, "--out", tmp_path / "out")
         assert result.exit_code == 1
-        assert "--ray needs Ray: pip install 'specx[ray]'" in result.stderr
+        assert result.stderr == "Error: --ray needs Ray: pip install 'specx[ray]'\n"
+        assert not (tmp_path / "out").exists()
 
 
 class TestSummary:
