@@ -15,8 +15,9 @@ def device_of(module: nn.Module) -> torch.device:
     device = next(module.parameters()).device
     hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
-        device = getattr(each, "execution_device", None) if device.type == "meta" else device
-        device = torch.device("meta" if device is None else device)
+        execution = getattr(each, "execution_device", None)
+        if device.type == "meta" and execution is not None:
+            device = torch.device(execution)
     return device
 
 
