@@ -24,6 +24,7 @@ _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that on
 _CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt, and how much more seldom that is
 _OPENING = 1  # rounds of a text in which the draft is asked even if that is not expected to pay
 _LOOK_AGAIN = 8  # rounds after which costs are looked up again
+_RECONSIDER = 4  # rounds without the draft after which it is weighed again: planning takes time, too
 _FED_ANYWAY = 8  # waiting tokens that cost no more than one
 _ALONE = Plan(1, 0, 1, draft=False)
 
@@ -98,6 +99,8 @@ class AutoController:
         free = self._without_draft(offer, context)
         if not self._shapes:
             return self._decide(free, "the best without a draft", free.mode)
+        if not (self._drafting or self.mode == "probe" or self._asked < _OPENING or self._rounds % _RECONSIDER == 0):
+            return self._decide(free, "the draft did not pay lately", free.mode)
         drafted = self._with_draft(remaining, offer, context, waiting)
         if self._wants_plain(max(drafted.rate, free.rate)):
             return self._decide(self._plain(context), "to know what a plain step costs", "plain")
