@@ -18,9 +18,8 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, 
 
 import specx
 from specx import cli
-from specx.adapters.checkpoints import check_ranks
+from specx.adapters.split import check_ranks, unsplittable
 from specx.config import DRAFT_ALONE, LoadConfig
-from specx.hf_split import unsplittable
 
 pytest_plugins = ["disk"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -132,7 +131,7 @@ def test_what_cannot_be_loaded_by_several_is_refused_before_anything_is_read(dis
         with pytest.raises(ValueError, match=said):
             specx.load(target, draft, ranks=ranks)
     ranks.size = 1
-    monkeypatch.setattr("specx.api.kind_of", lambda directory: "longspec")
+    monkeypatch.setattr("specx.adapters.split.kind_of", lambda directory: "longspec")
     monkeypatch.setattr("specx.api.check_config", lambda *_: None)
     with pytest.raises(ValueError, match="reads the target's keys and values, of which each process holds a part"):
         specx.load(disk.target, disk.draft, ranks=ranks)
