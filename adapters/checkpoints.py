@@ -1,7 +1,6 @@
 """Checkpoints: checked before they are loaded, with errors that say what to do."""
 
 import importlib.util
-import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
 from specx.adapters.hub import brief, fetch
+from specx.adapters.split import split_options
 from specx.config import LoadConfig
 
 _TOKENIZER_FILES = (
@@ -58,18 +57,6 @@ def check_machine(config: LoadConfig) -> None:
     ):
         if value and not _installed(module):
             raise ValueError(f"{option} {value} needs {module}: pip install {module}")
-
-
-def check_ranks(config: LoadConfig) -> None:
-    """Raise ValueError if an option says otherwise where torchrun splits the target over processes."""
-    for option, value in (
-        ("--device", config.device),
-        ("--device-map", config.device_map),
-        ("--quantization", config.quantization),
-        ("--graphs", config.graphs),
-    ):
-        if value:
-            raise ValueError(f"{option} does not go with torchrun, which gives each process a device: leave it away")
 
 
 def check_files(directory: str, role: str) -> None:
@@ -141,7 +128,7 @@ def load_model(where: str, config: LoadConfig, role: str, ranks: int = 1) -> Pre
     device = torch.device(config.device or default_device())
     options: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
     if role == "target":
-        options |= _placement(config) | _split(ranks)
+        options |= _placement(config) | split_options(ranks)
     directory = fetch(where, role)
     check_files(directory, role)
     try:
@@ -233,14 +220,6 @@ def _placement(config: LoadConfig) -> dict[str, Any]:
             load_in_4bit=config.quantization == "4bit", load_in_8bit=config.quantization == "8bit"
         )
     return options
-
-
-def _split(ranks: int) -> dict[str, Any]:
-    if ranks == 1:
-        return {}
-    if "tp_size" in inspect.signature(DistributedConfig).parameters:
-        return {"distributed_config": DistributedConfig(tp_size=ranks)}
-    return {"tp_plan": "auto"}  # of all processes; what transformers took before
 
 
 def _explain(error: Exception) -> str:

@@ -97,6 +97,11 @@ def length_name(tokens: int) -> str:
     return str(tokens) if tokens % KILO else f"{tokens // KILO}K"
 
 
+def short_length(tokens: int) -> str:
+    """Return how tables and charts call a length: as `length_name`, and "15.5K" for 15872."""
+    return length_name(tokens) if tokens < KILO or tokens % (KILO // 2) else f"{tokens / KILO:g}K"
+
+
 def _texts(source: str, limit: int | None) -> Iterator[tuple[str, str, tuple[str, ...], int | None]]:
     """Yield (name, text, reference answers, label) of every document."""
     if source == "stdlib":

@@ -37,7 +37,8 @@ class Chart:
 
     Attributes:
         name: Of its files.
-        title, note: What it shows, and how to read it.
+        title: What it shows.
+        note: How to read it, of the folders that have it.
         draw: Draws one folder into an axes.
         has: Whether a folder has what it shows.
         height: Of a folder's panel, in inches.
@@ -46,7 +47,7 @@ class Chart:
 
     name: str
     title: str
-    note: str
+    note: Callable[[Sequence[Results]], str]
     draw: Callable[[Any, Results, Palette], None]
     has: Callable[[Results], bool]
     height: Callable[[Results], float]
@@ -109,25 +110,45 @@ def _legend(chart: Chart, shown: Sequence[Results], palette: Palette) -> list[tu
     return [(name, palette.style(name)) for name in names]
 
 
+def _fixed(text: str) -> Callable[[Sequence[Results]], str]:
+    return lambda folders: text
+
+
+def _tau_note(folders: Sequence[Results]) -> str:
+    drawn = [each for folder in folders for each in figures_with(folder, "tau")]
+    kinds = {each.get("kind") for each in drawn}
+    parts = ["Tokens that one verification emits, with 95 % intervals over samples."]
+    if "recurrence" in kinds:
+        parts.append(
+            "Solid: ordinary places; dashed: text of which much can be copied only from beyond the draft's window."
+        )
+    elif "ordinary" in kinds:
+        parts.append("At ordinary places of the text.")
+    if None in kinds:
+        parts.append("Of generations" + (" where nothing was measured along the text." if len(kinds) > 1 else "."))
+    return " ".join(parts)
+
+
 def _flat(height: float) -> Callable[[Results], float]:
     return lambda folder: height
 
 
 CHARTS = (
-    Chart("tau", "tau against context", "Tokens that one verification emits, with 95 % intervals over samples. Solid: "
-          "ordinary places; dashed: text of which much can be copied only from beyond the draft's window.",
+    Chart("tau", "tau against context", _tau_note,
           draw_tau, lambda f: bool(figures_with(f, "tau")), _flat(3.3)),
-    Chart("speed", "Speed-up against context", "Decode tokens/s over Hugging Face's plain decoding, the faster of its "
-          "caches, prompt by prompt; medians with 95 % intervals over prompts. Dotted: no gain.",
+    Chart("speed", "Speed-up against context",
+          _fixed("Decode tokens/s over Hugging Face's plain decoding, the faster of its caches, prompt by prompt; "
+                 "medians with 95 % intervals over prompts. Dotted: no gain."),
           draw_speed, lambda f: bool(figures_with(f, "speed_up")), _flat(3.3)),
-    Chart("parts", "Time of a step", "Milliseconds of one round by what they were spent on.",
+    Chart("parts", "Time of a step", _fixed("Milliseconds of one round by what they were spent on."),
           draw_parts, lambda f: bool(timed(f)), lambda f: 0.9 + 0.2 * len(timed(f)), "parts"),
-    Chart("memory", "Memory against context", "Peak above what the loaded models need, one process a point.",
+    Chart("memory", "Memory against context", _fixed("Peak above what the loaded models need, one process a point."),
           draw_memory, lambda f: bool(figures_with(f, "peak_bytes_added")), _flat(3.0)),
-    Chart("accepted", "Accepted tokens", "Drafted tokens that a step accepts, at the longest context.",
+    Chart("accepted", "Accepted tokens", _fixed("Drafted tokens that a step accepts, at the longest context."),
           draw_accepted, lambda f: bool(figures_with(f, "accepted_histogram")), _flat(3.0)),
-    Chart("map", "What retrieval kept", "Each column is a verification step, each row a chunk of the context. Above "
-          "the dotted line lies what was generated. A chunk not coloured is not in the draft's cache.",
+    Chart("map", "What retrieval kept",
+          _fixed("Each column is a verification step, each row a chunk of the context. Above the dotted line lies "
+                 "what was generated. A chunk not coloured is not in the draft's cache."),
           draw_map, lambda f: mapped(f) is not None, _flat(3.6), "kept"),
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from specx.data.documents import length_name
+from specx.data.documents import short_length
 from specx.eval.results_folder import Results, Row
 from specx.eval.summary import PARTS
 
@@ -13,6 +13,7 @@ COLOURS = ("#3b82d6", "#e0701a", "#1f9d63", "#c9447f", "#8b5fd0", "#0f9aa8", "#a
 BASE = "#8a8f98"
 PART_COLOURS = {"draft": "#3b82d6", "verify": "#e0701a", "retrieval": "#1f9d63", "other": "#8a8f98"}
 MARKERS = "osD^vPX*<>"
+_BASELINES = ("ar", "ar-static", "plain", "hf-assisted", "hf-lookup")
 _SHOWN_CHUNKS = 4096
 
 
@@ -21,7 +22,8 @@ class Palette:
 
     def __init__(self, folders: Sequence[Results]) -> None:
         self.methods = list(dict.fromkeys(method for folder in folders for method in folder.methods))
-        plain = [method for method in self.methods if method in ("ar", "ar-static", "plain")]
+        # The baselines share one colour, so that there are enough for the whole ablation.
+        plain = [method for method in self.methods if method in _BASELINES]
         others = [method for method in self.methods if method not in plain]
         self._colours = dict.fromkeys(plain, BASE)
         self._colours |= {method: COLOURS[number % len(COLOURS)] for number, method in enumerate(others)}
@@ -65,16 +67,12 @@ def _lines(axes: Any, figures: list[Row], key: str, palette: Palette, methods: l
 
 def _context_axis(axes: Any, contexts: Sequence[int], label: str) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(contexts, [_rough(context) for context in contexts])
+    axes.set_xticks(contexts, [short_length(context) for context in contexts])
     axes.minorticks_off()
     axes.set_xlabel("context, tokens")
     axes.set_ylabel(label)
     axes.grid(axis="y", linewidth=0.6)
     axes.set_xlim(min(contexts) / 1.25, max(contexts) * 1.25)
-
-
-def _rough(context: int) -> str:
-    return length_name(context) if context < 1024 or context % 512 else f"{context / 1024:g}K"
 
 
 def draw_tau(axes: Any, folder: Results, palette: Palette) -> None:
@@ -117,7 +115,7 @@ def draw_accepted(axes: Any, folder: Results, palette: Palette) -> None:
         places = [count + (number - (len(methods) - 1) / 2) * width for count in total]
         shares = [steps / total.total() for steps in total.values()]
         axes.bar(places, shares, width * 0.92, color=palette.colour(method))
-    axes.set_xlabel(f"drafted tokens accepted in a step, after {_rough(longest)}")
+    axes.set_xlabel(f"drafted tokens accepted in a step, after {short_length(longest)}")
     axes.set_ylabel("share of steps")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", linewidth=0.6)
@@ -139,7 +137,7 @@ def draw_parts(axes: Any, folder: Results, palette: Palette) -> None:
             for part in PARTS:
                 axes.barh(place, each["ms_per_step"][part], left=starts, height=0.74, color=PART_COLOURS[part])
                 starts += each["ms_per_step"][part]
-            labels.append((place, f"{_rough(context)}  {short(each['method'], 28)}"))
+            labels.append((place, f"{short_length(context)}  {short(each['method'], 28)}"))
             place += 1
         place += 0.5
     axes.set_yticks([at for at, _ in labels], [text for _, text in labels], fontsize=8)
@@ -158,11 +156,12 @@ def mapped(folder: Results) -> Row | None:
 def draw_map(axes: Any, folder: Results, palette: Palette) -> None:
     row = mapped(folder)
     assert row is not None
-    image = map_image(row)
-    tokens = row["tokens"] + sum(row["emitted"])
-    axes.imshow(image, aspect="auto", origin="lower", interpolation="nearest",
-                extent=(0, len(row["emitted"]), 0, tokens))  # fmt: skip
-    axes.set_xlabel(f"verification step ({row['method']} after {_rough(row['context'])})")
+    tokens, size = row["tokens"] + sum(row["emitted"]), row["chunk_size"]
+    whole = -(-tokens // size) * size  # the last chunk may be partial
+    axes.imshow(map_image(row), aspect="auto", origin="lower", interpolation="nearest",
+                extent=(0, len(row["emitted"]), 0, whole))  # fmt: skip
+    axes.set_ylim(0, tokens)
+    axes.set_xlabel(f"verification step ({row['method']} after {short_length(row['context'])})")
     axes.set_ylabel("place in the context, tokens")
     axes.axhline(row["tokens"], linewidth=0.8, linestyle=":", color=_ink())
 

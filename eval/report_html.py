@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from specx.data.documents import length_name
+from specx.data.documents import short_length
 from specx.eval.charts import Chart, Palette, inline_svg
 from specx.eval.report_parts import TITLE, absent_notes, compared, unsettled
 from specx.eval.results_folder import Results, Row
@@ -24,7 +24,9 @@ def page(folders: Sequence[Results], drawn: Sequence[Chart], palette: Palette, a
     body += ['<div class="side">', *(_facts(folder, len(folders) > 1) for folder in folders), "</div>"]
     for chart in drawn:
         pictures = "".join(inline_svg(chart, folders, palette, narrow) for narrow in (False, True))
-        body.append(f'<section><h2>{chart.title}</h2><p class="note">{escape(chart.note)}</p>{pictures}</section>')
+        body.append(
+            f'<section><h2>{chart.title}</h2><p class="note">{escape(chart.note(folders))}</p>{pictures}</section>'
+        )
     body += _readings(folders)
     both = compared(folders)
     body += [_table(both, "h2")] if both else []
@@ -78,7 +80,7 @@ def _reading(row: Row, opened: bool) -> str:
     steps = len(row["emitted"])
     tau = f"{sum(row['emitted']) / steps:.2f} tokens a step" if steps else "one token"
     hit = f", {row['hit_rate']:.0%} of the attention retrieved" if row["hit_rate"] is not None else ""
-    title = f"{row['method']} after {length_name(row['context'])}, {row['prompt']}: {tau}{hit}"
+    title = f"{row['method']} after {short_length(row['context'])}, {row['prompt']}: {tau}{hit}"
     runs: list[tuple[bool, str]] = []
     for text, drafted in (piece for step in row["pieces"] for piece in step):
         if runs and runs[-1][0] == drafted:

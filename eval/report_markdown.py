@@ -24,7 +24,14 @@ def text(folders: Sequence[Results], drawn: Sequence[Chart], absent: str | None,
         lines += ["", *(f"**{note}**\n" for note in unsettled(folder))]
     if pictures:
         for chart in drawn:
-            lines += [f"## {chart.title}", "", f"![{chart.title}]({chart.name}.{pictures[0]})", "", chart.note, ""]
+            lines += [
+                f"## {chart.title}",
+                "",
+                f"![{chart.title}]({chart.name}.{pictures[0]})",
+                "",
+                chart.note(folders),
+                "",
+            ]
     both = compared(folders)
     lines += [both.markdown()] if both else []
     for folder in folders:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from specx.data.documents import length_name
+from specx.data.documents import short_length
 from specx.eval.charts import CHARTS, Chart
 from specx.eval.results_folder import Results, Row
 from specx.eval.tables import Table
@@ -24,7 +24,7 @@ def compared(folders: Sequence[Results]) -> Table | None:
     if len(folders) < 2 or not shared:
         return None
     lines = [
-        [what, length_name(context), method, *(found.get(folder.name, "-") for folder in folders)]
+        [what, short_length(context), method, *(found.get(folder.name, "-") for folder in folders)]
         for (what, context, method), found in sorted(shared.items(), key=lambda item: (item[0][0], item[0][1]))
     ]
     note = "With 95 % bootstrap intervals over samples. Speed-ups are compared within one folder: to its own baseline."

@@ -72,7 +72,7 @@ def _facts(folder: Path) -> dict[str, str]:
         parts = f"{state}, {summary['units']['done']} of {summary['units']['of']} parts, {summary['workers']} at a time"
         return {
             "command": summary["command"], "data": summary["data"], "models": summary["models"],
-            "machine": f"{summary['hardware']['name']}, {summary['hardware']['threads']} threads",
+            "machine": f"{summary['hardware']['name']}, threads: {summary['hardware']['threads']}",
             "attention": summary["attention"], "versions": f"{versions}; commit {summary['commit']}", "run": parts,
             "load average": f"{summary['load']['before']:.2f} before, {_number(summary['load']['after'])} after",
         }  # fmt: skip

@@ -11,7 +11,7 @@ from rich.table import Column
 from rich.table import Table as Shown
 from rich.text import Text
 
-from specx.data.documents import length_name
+from specx.data.documents import short_length
 from specx.eval.acceptance import BUCKET
 from specx.eval.methods import ABLATION, POLICIES
 from specx.eval.metrics import acceptance_rates, efficiency, paired_bootstrap_tau, pooled_tau
@@ -91,7 +91,7 @@ def tau_tables(rows: list[Row], kind: str) -> list[Table]:
     )
     lines = [[method] + [_number(pooled_tau([*cell[method, c].values()])) if (method, c) in cell else "-"
               for c in contexts] for method in methods]  # fmt: skip
-    names = [length_name(context) for context in contexts]
+    names = [short_length(context) for context in contexts]
     made = [
         Table(
             f"tau, {kind} spans",
@@ -163,7 +163,7 @@ def speed_table(rows: list[Row]) -> Table:
             own = [r for r in rows if (r["context"], r["method"]) == (context, method)]
             if own:
                 count = str(len({row["prompt"] for row in own}))
-                lines.append([length_name(context), method, count, *_speed_cells(own, base)])
+                lines.append([short_length(context), method, count, *_speed_cells(own, base)])
     note = (
         "Decode tokens/s without prefill, medians. ratio: to Hugging Face's plain decoding with the faster of its two "
         "caches, prompt by prompt. efficiency = ratio / tau. ms a step: draft, verify, retrieval, other. draft cache: "
@@ -196,7 +196,7 @@ def answers_table(rows: list[Row]) -> list[Table]:
             lines = [[m, *(_number(statistics.mean(cells[m, c]), digits) if cells[m, c] else "-" for c in contexts)]
                      for m in methods]  # fmt: skip
             note = "Means. Exact methods give the target's output, so equal figures are a check, not a merit."
-            made.append(Table(title, note, ["method", *(length_name(c) for c in contexts)], lines))
+            made.append(Table(title, note, ["method", *(short_length(c) for c in contexts)], lines))
     return made
 
 
@@ -213,7 +213,7 @@ def places_table(rows: list[Row], title: str) -> list[Table]:
                 pairs = zip(position, conditional, strict=True)
                 rates = [row["hit_rate"] for row in own if row.get("hit_rate") is not None]
                 hit = f"{statistics.mean(rates):.0%}" if rates else "-"
-                lines.append([length_name(context), method, hit, *(f"{p:.2f} ({c:.2f})" for p, c in pairs)])
+                lines.append([short_length(context), method, hit, *(f"{p:.2f} ({c:.2f})" for p, c in pairs)])
                 most = max(most, len(position))
     if not lines:
         return []
@@ -260,7 +260,7 @@ def memory_table(rows: list[Row]) -> Table:
 
     lines = [[m, *cells(m, lambda r: f"{(r['peak_bytes'] - r['before_bytes']) / 2**20:.0f}")] for m in methods]
     note = "MiB above what the loaded process held before, one process a cell."
-    return Table("Peak memory", note, ["method", *(length_name(context) for context in contexts)], lines)
+    return Table("Peak memory", note, ["method", *(short_length(context) for context in contexts)], lines)
 
 
 def _axes(rows: list[Row]) -> tuple[list[int], list[str]]:

@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specx.adapters.checkpoints import (
     check_config,
     check_files,
     check_machine,
-    check_ranks,
     compare_tokenizers,
     load_model,
     load_tokenizer,
@@ -22,6 +21,7 @@ from specx.adapters.checkpoints import (
 from specx.adapters.hub import fetch
 from specx.adapters.loader import load_draft
 from specx.adapters.names import DRAFTS, LOOKUP, known_draft, locate
+from specx.adapters.split import check_ranks, check_split
 from specx.adapters.vocabulary import read_vocabulary
 from specx.adapters.weights import kind_of
 from specx.config import LoadConfig, Settings
@@ -30,7 +30,7 @@ from specx.draft import DraftModel
 from specx.generation import Generation
 from specx.hf import HFModel
 from specx.hf_config import positions_of
-from specx.hf_split import SplitModel, unsplittable
+from specx.hf_split import SplitModel
 from specx.profiles import NO_PROFILE, Profile, key_of, load_profile
 from specx.ranks import Ranks
 from specx.step_costs import StepCosts
@@ -260,7 +260,7 @@ def load(
     draft_where = _directory(draft, "draft", config.trust_remote_code)
     whole_head = False
     if ranks is not None:
-        whole_head = _check_split(target, where, draft, draft_where, ranks, config.trust_remote_code)
+        whole_head = check_split(target, where, draft, draft_where, ranks.size, config.trust_remote_code)
     if tokenizer is None and where is not None:
         tokenizer = load_tokenizer(where, config.trust_remote_code)
     if tokenizer is not None and draft_where is not None:
@@ -328,27 +328,6 @@ def _check_tokenizer(target: Any, draft: Any | None, name: str) -> None:
     _, wrong = compare_tokenizers(target, draft)
     if wrong:
         raise ValueError(f"draft {name} does not share the target's tokenizer: {'; '.join(wrong)}")
-
-
-def _check_split(
-    target: Any, where: str | None, draft: Any, draft_where: str | None, ranks: Ranks, trust_remote_code: bool
-) -> bool:
-    """Raise ValueError if processes cannot hold a target together; return whether the draft reads its LM head."""
-    if where is None:
-        raise ValueError("a live target cannot be split over processes: give a name or a directory")
-    reason = unsplittable(AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code), ranks.size)
-    if reason:
-        raise ValueError(
-            f"target {target} cannot be split over {ranks.size} processes: {reason}; start another number of them, or "
-            "one with --device-map auto"
-        )
-    kind = kind_of(draft_where) if draft_where is not None else "classic"
-    if kind == "longspec":
-        raise ValueError(
-            f"draft {draft} reads the target's keys and values, of which each process holds a part: use another draft, "
-            "or one process with --device-map auto"
-        )
-    return kind == "eagle"
 
 
 def _enhanced(

@@ -13,12 +13,11 @@ from specx.config import SamplingConfig
 def device_of(module: nn.Module) -> torch.device:
     """Return where a module computes; its weights may wait elsewhere, or on the disk, for accelerate to fetch them."""
     device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
     hook: Any = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        execution = getattr(each, "execution_device", None)
-        if device.type == "meta" and execution is not None:
-            device = torch.device(execution)
-    return device
+    places = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
+    return torch.device(next((place for place in places if place is not None), device))
 
 
 def positions_of(config: Any) -> int | None:

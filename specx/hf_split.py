@@ -18,8 +18,6 @@ from specx.hf import HFModel, Output
 from specx.hf_attention import ScoredRows
 from specx.ranks import Ranks
 
-_KEYS = ("k_proj", "qkv_proj", "query_key_value")  # layers whose outputs hold an attention's keys
-
 
 @dataclass(frozen=True, slots=True)
 class _Order:
@@ -167,20 +165,6 @@ class SplitModel(HFModel):
         self._ranks.tell(_Order(cache.number, cache.capacity, cache.changes, self._gone.copy(), **what))
         cache.changes = []
         self._gone.clear()
-
-
-def unsplittable(config: Any, size: int) -> str | None:
-    """Return why a model of this config cannot be split over `size` processes; None if nothing speaks against it."""
-    text = config.get_text_config(decoder=True)
-    plan = getattr(text, "base_model_tp_plan", None)
-    if not plan:
-        return f"transformers has no tensor-parallel plan for {text.model_type}"
-    by_heads = any(name.rsplit(".", 1)[-1] in _KEYS and style == "colwise" for name, style in plan.items())
-    query = text.num_attention_heads
-    for count, what in ((query, "attention heads"), (getattr(text, "num_key_value_heads", query), "key/value heads")):
-        if by_heads and count % size:
-            return f"its {count} {what} cannot be shared among {size} processes"
-    return None
 
 
 def _whole(module: Any) -> Any:

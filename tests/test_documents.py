@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specx.data import documents, stdlib
-from specx.data.documents import length_name, parse_length, parse_lengths, read_documents
+from specx.data.documents import length_name, parse_length, parse_lengths, read_documents, short_length
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,6 +178,11 @@ class TestLengths:
     @pytest.mark.parametrize(("tokens", "name"), [(512, "512"), (2048, "2K"), (1536, "1536"), (1024, "1K")])
     def test_names(self, tokens, name):
         assert length_name(tokens) == name
+        assert parse_length(name) == tokens
+
+    @pytest.mark.parametrize(("tokens", "name"), [(512, "512"), (2048, "2K"), (15872, "15.5K"), (15870, "15870")])
+    def test_short_names(self, tokens, name):
+        assert short_length(tokens) == name
         assert parse_length(name) == tokens
 
 

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from specx import cli
 from specx.eval import charts, report
-from specx.eval.plots import map_image
+from specx.eval.methods import parse_methods
+from specx.eval.plots import BASE, Palette, draw_map, map_image
 from specx.eval.results_folder import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +101,41 @@ def both(tmp_path_factory):
     )
     assert result.exit_code == 0, result.output
     return base / "out", result.stdout.splitlines()
+
+
+class TestWhatChartsSay:
+    @pytest.mark.parametrize(
+        ("kept", "said"),
+        [
+            (lambda row: row["measure"] == "speed", "over samples. Of generations."),
+            (lambda row: row.get("kind") == "ordinary", "over samples. At ordinary places of the text."),
+            (lambda row: True, "over samples. Solid: ordinary places; dashed: text of which much"),
+        ],
+        ids=["generations", "ordinary", "both kinds"],
+    )
+    def test_the_note_on_tau_is_about_what_was_measured(self, tmp_path, kept, said):
+        place = folder(tmp_path / "one")
+        rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+        (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if kept(row)))
+        assert said in charts.CHARTS[0].note(read_results([place]))
+
+    def test_methods_of_the_whole_ablation_have_a_colour_each(self, tmp_path):
+        place = folder(tmp_path / "one")
+        rows = [speed_row(n, 512, spec.text, 9.0) for n, spec in enumerate(parse_methods("all"))]
+        (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        palette = Palette(read_results([place]))
+        ours = [method for method in palette.methods if palette.colour(method) != BASE]
+        assert len({palette.colour(method) for method in ours}) == len(ours) >= 10
+        others = [method for method in palette.methods if method not in ours]
+        assert len({palette.style(method)["marker"] for method in others}) == len(others)
+
+    def test_the_map_ends_where_the_text_does(self, tmp_path):
+        figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed: charts are not tested")
+        (results,) = read_results([folder(tmp_path / "one")])
+        axes = figure.Figure().subplots()
+        draw_map(axes, results, Palette([results]))
+        assert axes.get_ylim() == (0, 67)  # 64 tokens and 3 new ones
+        assert axes.images[0].get_extent() == [0, 2, 0, 72]  # chunks of 8, the last one partial
 
 
 class Page(HTMLParser):

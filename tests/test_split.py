@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import heads
 import pytest
@@ -14,10 +16,10 @@ from click.testing import CliRunner
 from conftest import noised, tiny_llama
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config, Qwen3ForCausalLM
 
+import specx
 from specx import cli
-from specx.adapters.checkpoints import check_ranks
+from specx.adapters.split import check_ranks, unsplittable
 from specx.config import DRAFT_ALONE, LoadConfig
-from specx.hf_split import unsplittable
 
 pytest_plugins = ["disk"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -118,6 +120,21 @@ def test_a_process_that_fails_ends_all_with_one_message(job):
 def test_what_cannot_be_split_is_said(config, said):
     reason = unsplittable(config, 4)
     assert reason is None if said is None else reason.startswith(said)
+
+
+def test_what_cannot_be_loaded_by_several_is_refused_before_anything_is_read(disk, tiny, monkeypatch):
+    ranks: Any = SimpleNamespace(size=2, rank=0)
+    for target, draft, said in [
+        (tiny, None, "a live target cannot be split"),
+        (disk.target, disk.draft, "cannot be split over 2 processes: its 1 key/value heads cannot be shared"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            specx.load(target, draft, ranks=ranks)
+    ranks.size = 1
+    monkeypatch.setattr("specx.adapters.split.kind_of", lambda directory: "longspec")
+    monkeypatch.setattr("specx.api.check_config", lambda *_: None)
+    with pytest.raises(ValueError, match="reads the target's keys and values, of which each process holds a part"):
+        specx.load(disk.target, disk.draft, ranks=ranks)
 
 
 @pytest.mark.parametrize(
