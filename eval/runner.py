@@ -9,7 +9,7 @@ from specx.api import SpeculativeModel
 from specx.data.documents import Document
 from specx.eval import summary as summaries
 from specx.eval.facts import described, facts_of
-from specx.eval.ledger import Ledger, in_order, take_up
+from specx.eval.ledger import Ledger, claimed, in_order, take_up
 from specx.eval.planning import Job, Say, configuration, data_of, planned
 from specx.eval.pool import Pool
 from specx.eval.progress import Remaining
@@ -39,15 +39,30 @@ def run(
 
     Raises:
         ValueError: At once, if the data is too short, a method does not fit, `out` already holds results and `resume`
-            does not say to go on, or it does and the configuration changed.
+            does not say to go on, or it does and the configuration changed, or another process measures into it.
     """
     if not job.resume:
         check_unused(job.out)
     units, notes = planned(job, model, documents, say)
     facts: Row = facts_of(job.command, data_of(job), job.loading.get("target"), model)
     summary = described(job.command, facts, model) | {"configuration": configuration(job, units, facts), "notes": notes}
-    rows += taken_up(job, units, summary)
     job.out.mkdir(parents=True, exist_ok=True)
+    with claimed(job.out):
+        rows += taken_up(job, units, summary)
+        _go_on(job, model, units, facts, summary, say, rows, tick)
+
+
+def _go_on(
+    job: Job,
+    model: SpeculativeModel,
+    units: Sequence[Unit],
+    facts: Row,
+    summary: Row,
+    say: Say,
+    rows: list[Row],
+    tick: Callable[[Remaining], None],
+) -> None:
+    """Measure the units of which there are no rows yet."""
     warn_if_busy(job, say)
     done = {row["unit"] for row in rows}
     left = [unit for unit in units if unit.number not in done]

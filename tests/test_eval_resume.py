@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from specx import cli
 from specx.eval import pool, summary
-from specx.eval.ledger import read_ledger
+from specx.eval.ledger import claimed, read_ledger
 from specx.eval.pool import Pool
 from specx.eval.progress import Remaining, spoken
 from specx.eval.units import Unit
@@ -95,6 +95,14 @@ class TestKilled:
         done = invoke(*options, "--resume")
         assert done.exit_code == 0, done.stderr
         assert rows_in(out) == rows_in(unbroken)
+
+    def test_two_runs_do_not_write_into_one_folder(self, disk, data, unbroken):
+        options = [*disk.pair, "--data", data, *SMALL, *METHODS, "--out", unbroken, "--resume"]
+        with claimed(unbroken):
+            result = invoke(*options)
+        assert result.exit_code == 2
+        assert "another process measures into" in result.stderr
+        assert invoke(*options).exit_code == 0
 
     def test_another_configuration_is_refused_and_named(self, disk, data, unbroken):
         before = (unbroken / "rows.jsonl").read_text()
