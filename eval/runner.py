@@ -19,6 +19,7 @@ from specx.eval.units import Unit
 from specx.eval.workbench import Task, Workbench
 
 Row = dict[str, Any]
+_BEFORE = "note: rows before"
 BUSY = 0.5  # load average a core above which timings are not to be trusted
 
 
@@ -115,9 +116,11 @@ def taken_up(job: Job, units: Sequence[Unit], summary: Row) -> list[Row]:
             f"--resume: {job.out} holds results of another configuration: {'; '.join(changed)}; give the same "
             "options as before, or another --out"
         )
+    summary["notes"] += [note for note in before["notes"] if note.startswith(_BEFORE)]
     for name in ("versions", "commit", "hardware"):
         if before[name] != summary[name]:
-            summary["notes"].append(f"note: rows before were measured with {name} {before[name]}")
+            summary["notes"].append(f"{_BEFORE} were measured with {name} {before[name]}")
+    summary["notes"] = list(dict.fromkeys(summary["notes"]))
     return take_up(file, units)
 
 

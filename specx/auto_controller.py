@@ -18,7 +18,8 @@ from specx.worth import DraftWorth
 _STAY = 1.05  # how much better the other choice, with or without the draft, must be
 _SAME = 1.05  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
-_PROBE_SHARE = 0.01  # of all time that may be lost by asking a draft that does not seem to pay
+_PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
+_PROBE_CREDIT = 4.0  # plain steps' time that may be lost so in any text, so that its first hundred tokens are looked at
 _PROBE_EVERY, _PROBE_AT_MOST = 8, 96  # tokens between two probes, doubled after each that fails
 _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
 _CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt, and how much more seldom that is
@@ -103,7 +104,7 @@ class AutoController:
             return self._decide(free, "the draft did not pay lately", free.mode)
         drafted = self._with_draft(remaining, offer, context, waiting)
         if self._wants_plain(max(drafted.rate, free.rate)):
-            return self._decide(self._plain(context), "to know what a plain step costs", "plain")
+            return self._decide(self._plain(context), "to know what a plain step costs", "plain", self._drafting)
         margin = _STAY if self._drafting else 1 / _STAY
         if drafted.rate * margin > free.rate:
             return self._decide(drafted, f"better than {free}", drafted.mode)
@@ -156,11 +157,12 @@ class AutoController:
         self._since_probe = 0
         self._probe_every = 0 if done.path else min(max(2 * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
 
-    def _decide(self, choice: Choice, why: str, mode: str) -> Plan:
+    def _decide(self, choice: Choice, why: str, mode: str, drafting: bool | None = None) -> Plan:
         if self.explain is not None and (mode != self.mode or self._last is None):
             self.explain.append(f"after {self._context} tokens {mode}: {choice}; {why}")
         self.mode, self._last = mode, choice
-        drafting = bool(choice.shape.levels) and mode != "probe"
+        if drafting is None:
+            drafting = bool(choice.shape.levels) and mode != "probe"
         if drafting and not self._drafting:
             self._plain_every = _PLAIN_EVERY
         self._drafting = drafting
@@ -246,8 +248,9 @@ class AutoController:
             return None
         late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context)
         probe = self._drafted(0, remaining, offer, context, late)
-        loss = probe.ms - self._ms(PLAIN, context)
-        return probe if self._spent + loss <= _PROBE_SHARE * self._elapsed else None
+        plain = self._ms(PLAIN, context)
+        allowed = _PROBE_SHARE * self._elapsed + _PROBE_CREDIT * plain
+        return probe if self._spent + probe.ms - plain <= allowed else None
 
 
 def bucket(nodes: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,17 @@ class TestKilled:
         done = invoke(*options, "--resume")
         assert done.exit_code == 0, done.stderr
         assert rows_in(out) == rows_in(unbroken)
+
+    def test_where_earlier_rows_come_from_is_not_forgotten(self, disk, data, unbroken, tmp_path):
+        out = shutil.copytree(unbroken, tmp_path / "moved")
+        summary = json.loads((out / "summary.json").read_text())
+        (out / "summary.json").write_text(json.dumps(summary | {"commit": "of another day"}))
+        for _ in range(2):
+            assert invoke(*disk.pair, "--data", data, *SMALL, *METHODS, "--out", out, "--resume").exit_code == 0
+            notes = json.loads((out / "summary.json").read_text())["notes"]
+            assert [note for note in notes if "rows before" in note] == [
+                "note: rows before were measured with commit of another day"
+            ]
 
     def test_two_runs_do_not_write_into_one_folder(self, disk, data, unbroken):
         options = [*disk.pair, "--data", data, *SMALL, *METHODS, "--out", unbroken, "--resume"]
