@@ -140,7 +140,8 @@ CHARTS = (
           _fixed("Decode tokens/s over Hugging Face's plain decoding, the faster of its caches, prompt by prompt; "
                  "medians with 95 % intervals over prompts. Dotted: no gain."),
           draw_speed, lambda f: bool(figures_with(f, "speed_up")), _flat(3.3)),
-    Chart("parts", "Time of a step", _fixed("Milliseconds of one round by what they were spent on."),
+    Chart("parts", "Time of a step",
+          _fixed("Milliseconds of one round by what they were spent on; medians over generations."),
           draw_parts, lambda f: bool(timed(f)), lambda f: 0.9 + 0.2 * len(timed(f)), "parts"),
     Chart("memory", "Memory against context", _fixed("Peak above what the loaded models need, one process a point."),
           draw_memory, lambda f: bool(figures_with(f, "peak_bytes_added")), _flat(3.0)),

@@ -70,12 +70,15 @@ def _facts(folder: Path) -> dict[str, str]:
         versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
         state = summary["status"] + (f" ({summary['ended_by']})" if summary.get("ended_by") else "")
         parts = f"{state}, {summary['units']['done']} of {summary['units']['of']} parts, {summary['workers']} at a time"
+        notes = (
+            {"notes": "; ".join(note.removeprefix("note: ") for note in summary["notes"])} if summary["notes"] else {}
+        )
         return {
             "command": summary["command"], "data": summary["data"], "models": summary["models"],
             "machine": f"{summary['hardware']['name']}, threads: {summary['hardware']['threads']}",
             "attention": summary["attention"], "versions": f"{versions}; commit {summary['commit']}", "run": parts,
             "load average": f"{summary['load']['before']:.2f} before, {_number(summary['load']['after'])} after",
-        }  # fmt: skip
+        } | notes  # fmt: skip
     file = folder / "summary.md"  # of results from before there was a JSON summary
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     told = [line[2:].partition(": ") for line in lines if line.startswith("- ")]

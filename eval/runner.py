@@ -99,6 +99,10 @@ def check_unused(out: Path) -> None:
         raise ValueError(f"{file} already holds results: give another --out, or remove it, or --resume")
 
 
+def _words(fact: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fact.items()) if isinstance(fact, dict) else str(fact)
+
+
 def taken_up(job: Job, units: Sequence[Unit], summary: Row) -> list[Row]:
     """Return the rows of finished units where a run goes on.
 
@@ -119,7 +123,7 @@ def taken_up(job: Job, units: Sequence[Unit], summary: Row) -> list[Row]:
     summary["notes"] += [note for note in before["notes"] if note.startswith(_BEFORE)]
     for name in ("versions", "commit", "hardware"):
         if before[name] != summary[name]:
-            summary["notes"].append(f"{_BEFORE} were measured with {name} {before[name]}")
+            summary["notes"].append(f"{_BEFORE} were measured with {name} {_words(before[name])}")
     summary["notes"] = list(dict.fromkeys(summary["notes"]))
     return take_up(file, units)
 

@@ -162,8 +162,9 @@ def _speed(own: list[Row], base: dict[tuple[Any, ...], float]) -> Row:
             found["efficiency"] = efficiency(found["speed_up"]["mean"], found["tau"]["mean"])
     stepped = [row for row in own if row.get("steps")]
     if stepped:
-        steps = sum(row["steps"] for row in stepped)
-        found["ms_per_step"] = {part: sum(row[f"ms_{part}"] for row in stepped) / steps for part in PARTS}
+        found["ms_per_step"] = {
+            part: statistics.median(row[f"ms_{part}"] / row["steps"] for row in stepped) for part in PARTS
+        }
     judged = [row for row in own if "same" in row]
     if judged:
         margins = [row["margin"] for row in judged if row["margin"] is not None]
