@@ -4,6 +4,7 @@ Rank 0 does everything that one process would do. The others hold their part of 
 so no draft, draw or timing, by which the controller chooses, has to come out the same in every process.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,16 @@ from torch import Tensor
 
 _PATIENCE = timedelta(days=7)  # a follower waits while its leader drafts, prints, or waits for somebody's terminal
 _LOST = "a process of this run has ended, perhaps killed for memory: all of them end"
+
+
+def keep_for_ever(*groups: Any) -> None:
+    """Let no process group be freed, before it is destroyed.
+
+    A thread of gloo's needs Python's lock to drop the last collective; freeing the group waits for that thread and
+    holds the lock. On a busy machine the two wait for each other without end (seen with torch 2.13).
+    """
+    for group in groups:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 class Ranks:
@@ -96,4 +107,5 @@ class Ranks:
         if self.rank == 0:
             self.tell(None)
         dist.barrier(self._orders)
+        keep_for_ever(dist.group.WORLD, self._orders)
         dist.destroy_process_group()

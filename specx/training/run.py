@@ -17,6 +17,7 @@ from specx.adapters.names import locate
 from specx.api import SpeculativeModel
 from specx.config import DRAFT_ALONE, Checked, LoadConfig
 from specx.hf import HFModel
+from specx.ranks import keep_for_ever
 from specx.training.data import Tokens
 from specx.training.features import FeatureCache, check_writable, fingerprint
 from specx.training.kinds import KINDS, Kind, Start
@@ -89,6 +90,8 @@ def train(job: Job) -> dict[str, Any]:
     if accelerator.is_main_process:
         kind.export(job.out / "draft")
     accelerator.wait_for_everyone()  # gloo may wait for ever, in its own end, for a process that has left
+    if accelerator.num_processes > 1:
+        keep_for_ever(torch.distributed.group.WORLD)
     accelerator.end_training()
     return {"step": loop.progress.step, "tokens": loop.progress.tokens}
 
