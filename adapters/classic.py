@@ -9,14 +9,16 @@ position (gather: for rotary models; a long prompt is prefilled once, through a 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specx.acceptance import Walk
 from specx.config import CacheConfig
 from specx.hf import HFModel, Output
+from specx.packed import steady_rows
 from specx.rotary import Rotation, find_rotation
 from specx.store import KeyValueStore, rows_in_place
-from specx.tree import DraftTree, Plan, grow
+from specx.tree import FEW, LOOK_BACK, DraftTree, Plan, grow, ranks_of
 
 _CHUNK = 2048
 
@@ -76,6 +78,7 @@ class ClassicDraft:
         self._held, self._held_fed = self._ids, 0  # tokens cached at the last rebuild, and what was fed by then
         self._tree: DraftTree | None = None
         self._root = -1
+        self.foreseen: Sequence[int] = ()
 
     @property
     def refill(self) -> str:
@@ -136,8 +139,11 @@ class ClassicDraft:
 
     def propose(self, plan: Plan) -> DraftTree:
         """Feed what is waiting, then grow a tree level by level."""
-        logits = self._feed(self._ids[self._fed :])
+        fed = self._ids[self._fed :]
+        logits = self._feed(fed, min(len(fed), LOOK_BACK) if len(fed) > FEW else 1)
         self._fed = len(self._ids)
+        known = len(logits) - 1
+        self.foreseen = ranks_of(logits[:known], fed[len(fed) - known :]) if known else []
         start, device = self.cache.committed, self.model.device
         levels: list[Tensor] = []
 
@@ -148,7 +154,7 @@ class ClassicDraft:
             out = self.model.forward(tokens, positions, self.cache, mask=mask, tail_positions=tail)
             return out.logits[:, : self.vocab]
 
-        self._tree = grow(self._root, logits, expand, plan)
+        self._tree = grow(self._root, logits[-1], expand, plan)
         return self._tree
 
     def accept(self, walk: Walk, step: Output | None = None) -> None:
@@ -185,15 +191,20 @@ class ClassicDraft:
             store.append(self.cache, len(chunk))
             self._held, self._held_fed, self._fed = past, self._fed, self._fed + len(chunk)
 
-    def _feed(self, ids: Tensor) -> Tensor:
-        """Commit tokens at the next positions; return the logits after the last one, [V]."""
+    def _feed(self, ids: Tensor, keep: int = 1) -> Tensor:
+        """Commit tokens at the next positions; return the logits after the last ones, [keep, V] or fewer."""
         logits, context = torch.empty(0), self.cache.committed + len(ids)
         ids = ids.clamp(max=self.model.vocab_size - 1)  # a target may know ids beyond the draft's last one
         for first in range(0, len(ids), _CHUNK):
             chunk = ids[first : first + _CHUNK]
-            begin = self.cache.committed
-            positions = torch.arange(begin, begin + len(chunk), device=ids.device)
-            out = self.model.forward(chunk, positions, self.cache, keep_logits=1, context=context)
-            logits = out.logits[0, : self.vocab]
-            self.cache.commit(range(len(chunk)))
+            begin, rows, kept = self.cache.committed, len(chunk), min(keep, len(chunk))
+            positions = torch.arange(begin, begin + rows, device=ids.device)
+            more = steady_rows(rows, self.model.dtype, ids.device) - rows
+            if 0 < more <= self.cache.capacity - begin - rows:
+                chunk, positions = F.pad(chunk, (0, more)), F.pad(positions, (0, more), value=begin + rows - 1)
+            else:
+                more = 0
+            out = self.model.forward(chunk, positions, self.cache, keep_logits=kept + more, context=context)
+            logits = out.logits[:kept, : self.vocab]
+            self.cache.commit(range(rows))
         return logits

@@ -8,6 +8,7 @@ contiguous positions 0, 1, ..., inside the range that the head was trained on. D
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specx.acceptance import Walk
@@ -16,8 +17,9 @@ from specx.cache import TreeCache
 from specx.config import CacheConfig
 from specx.hf import HFModel, Output
 from specx.hf_attention import Call
+from specx.packed import steady_rows
 from specx.store import KeyValueStore, rows_in_place
-from specx.tree import DraftTree, Plan, grow
+from specx.tree import FEW, LOOK_BACK, DraftTree, Plan, grow, ranks_of
 
 
 class EagleModel:
@@ -55,12 +57,19 @@ class EagleModel:
         store = KeyValueStore(tokens, self.head.rotation, config.store == "device") if tokens else None
         return EagleDraft(self, capacity, tree_rows, store, config.sinks)
 
-    def states(self, output: Output, rows: Sequence[int] | None = None) -> Tensor:
-        """Return the states, [n, hidden], of the tokens that a forward of the target ran, or of those in `rows`."""
-        features = [output.features[layer] for layer in self.sources]
-        if rows is not None:
-            features = [each[torch.tensor(rows, device=each.device)] for each in features]
-        return self.head.fuse([each.to(self.head.device) for each in features])
+    def features(self, output: Output, rows: Sequence[int] | None = None) -> Tensor:
+        """Return what the target's layers gave for the tokens of a forward, or for those in `rows`.
+
+        [n, sources * target_hidden], in memory of its own: the next forward may overwrite the target's.
+        """
+        joined = torch.cat([output.features[layer].to(self.head.device) for layer in self.sources], -1)
+        if rows is None or len(rows) == len(joined):
+            return joined
+        return joined[torch.tensor(rows, device=joined.device)]
+
+    def states(self, features: Tensor) -> Tensor:
+        """Return the states, [n, hidden], of tokens with these features."""
+        return self.head.fuse(features.chunk(len(self.sources), -1))
 
     def call(self, cache: TreeCache, positions: Tensor, mask: Tensor | None = None, tail: Tensor | None = None) -> Call:
         """Describe a forward of the head; see `hf_attention.Call`."""
@@ -92,6 +101,8 @@ class EagleDraft:
         device = self.head.device
         self._ids = torch.empty(0, dtype=torch.long, device=device)
         self._states = torch.empty(0, self.head.head.hidden, device=device)  # of tokens whose entries are not computed
+        self.foreseen: Sequence[int] = ()
+        self._features: list[Tensor] = []  # of those behind them, which have no states yet
         self._fed = 0  # entries computed: in the cache, or dropped from it
         self._held, self._since = self._ids, 0  # entries cached at the last rebuild, and how many were computed by then
 
@@ -108,9 +119,9 @@ class EagleDraft:
     @torch.no_grad()
     def observe(self, ids: Tensor, chunk: Output) -> None:
         """Compute the entries of a prompt's next chunk; its last one must wait for the token after it."""
-        states = self.model.states(chunk)
-        states = torch.cat([self._states.to(states.dtype), states])
-        ready, self._states = states[:-1], states[-1:]
+        self._features.append(self.model.features(chunk))
+        self._fuse()
+        ready, self._states = self._states[:-1], self._states[-1:]
         first = self._fed + 1
         self._absorb(ids[first : first + len(ready)].to(self.head.device), ready)
 
@@ -141,6 +152,7 @@ class EagleDraft:
 
     def _catch_up(self) -> None:
         """Compute all waiting entries but the newest, whose output the next tree needs."""
+        self._fuse()
         in_cache = torch.arange(self._since, self._fed, device=self._held.device)
         self._held, self._since = torch.cat([self._held, in_cache]), self._fed
         states, self._states = self._states[:-1], self._states[-1:]
@@ -157,7 +169,9 @@ class EagleDraft:
     @torch.no_grad()
     def propose(self, plan: Plan) -> DraftTree:
         """Compute the waiting entries from true features, then grow a tree on the head's own outputs."""
-        out = self._feed(self._ids[len(self._ids) - len(self._states) :], self._states)
+        self._fuse()
+        fed = self._ids[len(self._ids) - len(self._states) :]
+        out = self._feed(fed, self._states)
         self._states = self._states[:0]
         start, device = self.cache.committed, self.head.device
         states, levels = out.states[-1:], list[Tensor]()
@@ -175,16 +189,24 @@ class EagleDraft:
             states = below.states
             return self.head.logits(below.read)
 
-        logits = self.head.logits(out.read[-1:])[0]
-        return grow(int(self._ids[-1]), logits, expand, plan, self.model.vocabulary)
+        logits = self.head.logits(out.read[-LOOK_BACK if len(fed) > FEW else -1 :])
+        known, vocabulary = len(logits) - 1, self.model.vocabulary
+        self.foreseen = ranks_of(logits[:known], fed[len(fed) - known :], vocabulary) if known else []
+        return grow(int(self._ids[-1]), logits[-1], expand, plan, vocabulary)
 
     @torch.no_grad()
     def accept(self, walk: Walk, step: Output) -> None:
         """Drop the tree's entries; those of the accepted tokens wait with the target's features."""
         self.cache.rollback()
-        states = self.model.states(step, walk.path)
-        self._states = torch.cat([self._states.to(states.dtype), states])
+        self._features.append(self.model.features(step, walk.path))
         self._append(walk.tokens)
+
+    def _fuse(self) -> None:
+        """Turn features into states, as late as possible: of many tokens at once that costs hardly more than of one."""
+        if self._features:
+            states = self.model.states(torch.cat(self._features))
+            self._states = torch.cat([self._states.to(states.dtype), states])
+            self._features.clear()
 
     def _append(self, tokens: Sequence[int]) -> None:
         self._ids = torch.cat([self._ids, torch.tensor(tokens, dtype=torch.long, device=self._ids.device)])
@@ -215,11 +237,16 @@ class EagleDraft:
 
     def _feed(self, ids: Tensor, states: Tensor) -> HeadOutput:
         """Run the next entries and commit them."""
-        first = self.cache.committed
-        positions = torch.arange(first, first + len(ids), device=self.head.device)
-        out = self.head(ids, states, self.cache, self.model.call(self.cache, positions))
-        self.cache.extend(len(ids))
+        first, rows = self.cache.committed, len(ids)
+        run = steady_rows(rows, states.dtype, states.device)
+        if run > self.cache.capacity - first:
+            run = rows
+        if run > rows:
+            ids, states = F.pad(ids, (0, run - rows)), F.pad(states, (0, 0, 0, run - rows))
+        positions = torch.arange(first, first + run, device=self.head.device)
+        out = self.head(ids, states, self.cache, self.model.call(self.cache, positions)).first(rows)
+        self.cache.extend(rows)
         if self.store is not None:
-            self.store.extend(out.keys, out.values, torch.zeros(len(ids), dtype=torch.long))
-        self._fed += len(ids)
+            self.store.extend(out.keys, out.values, torch.zeros(rows, dtype=torch.long))
+        self._fed += rows
         return out

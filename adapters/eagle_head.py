@@ -42,6 +42,13 @@ class HeadOutput:
     keys: Tensor
     values: Tensor
 
+    def first(self, rows: int) -> "HeadOutput":
+        """Return the part of the first `rows` entries."""
+        if rows == len(self.states):
+            return self
+        states, read = self.states[:rows], self.read[:rows]
+        return HeadOutput(states, read, self.keys[:, :, :, :rows], self.values[:, :, :, :rows])
+
 
 class EagleHead(nn.Module):
     """One head. All tensors [T, hidden] unless said; ids int64 [T].

@@ -132,6 +132,7 @@ class LongSpecDraft:
     """
 
     refill = "gather"
+    foreseen: Sequence[int] = ()  # rounds may pass without it at no cost: nothing waits
 
     def __init__(self, model: LongSpecModel, tree_rows: int) -> None:
         self.model, self.block, self.device = model, model.block, model.device

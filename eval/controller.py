@@ -16,9 +16,9 @@ from specx.decoding import decode
 from specx.eval import speed
 from specx.eval.methods import build, parse_methods
 from specx.eval.speed import Prompt
+from specx.experience import Experience
 from specx.generation import Generation
 from specx.hf import HFModel
-from specx.step_costs import StepCosts
 from specx.tree import DraftTree
 
 Row = dict[str, Any]
@@ -110,7 +110,7 @@ def returning(model: SpeculativeModel, documents: list[Document], context: int, 
     middle = slice(context + stretch, context + 2 * stretch)
     text[middle] = torch.randint(model.engine.vocab_size, (stretch,), generator=torch.Generator().manual_seed(0))
     text = text.to(model.engine.device)
-    costs = StepCosts()
+    experience = Experience()
     methods: dict[str, dict[str, Any]] = {
         "plain": {},
         "fixed": {"controller": "off", "lookup": True},
@@ -121,7 +121,7 @@ def returning(model: SpeculativeModel, documents: list[Document], context: int, 
             settings = model.settings.override(max_new_tokens=3 * stretch, temperature=0.0, **options)
             length = 64 if warm else None
             draft = None if name == "plain" else model
-            for row in _rounds(model, draft, text, context, settings, costs, length):
+            for row in _rounds(model, draft, text, context, settings, experience, length):
                 if not warm:
                     yield row | {"measure": "return", "method": name, "stretch": stretch, "context": context}
 
@@ -132,12 +132,12 @@ def _rounds(
     text: Tensor,
     context: int,
     settings: Settings,
-    costs: StepCosts,
+    experience: Experience,
     most: int | None,
 ) -> Iterator[Row]:
     out, plug = Generation(context), draft.draft if draft else None
     ids, chooser = text[:context], GivenText(text)
-    steps = decode(model.engine, plug, ids, settings, out, lambda _: False, chooser=chooser, costs=costs)
+    steps = decode(model.engine, plug, ids, settings, out, lambda _: False, chooser=chooser, experience=experience)
     next(steps)
     before, began = dict(out.modes), time.perf_counter()
     for piece in steps:

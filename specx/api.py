@@ -27,13 +27,13 @@ from specx.adapters.weights import kind_of
 from specx.config import LoadConfig, Settings
 from specx.decoding import decode
 from specx.draft import DraftModel
+from specx.experience import Experience
 from specx.generation import Generation
 from specx.hf import HFModel
 from specx.hf_config import positions_of
 from specx.hf_split import SplitModel
 from specx.profiles import NO_PROFILE, Profile, key_of, load_profile
 from specx.ranks import Ranks
-from specx.step_costs import StepCosts
 from specx.text import TextStream
 
 _SHOWN_TOKENS = 8  # of each kept chunk, in a trace
@@ -63,7 +63,7 @@ class SpeculativeModel:
         draft: The loaded draft, or None: plain decoding.
         settings: Defaults of every generation option.
         profile: What `specx tune` measured: it chooses the trees where none is asked for.
-        costs: What steps have cost so far, by which the controller chooses.
+        experience: What steps have cost, and how often drafts were right so far, by which the controller chooses.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SpeculativeModel:
         self.profile = NO_PROFILE
         self.target: PreTrainedModel = target.model
         self.settings = settings or Settings()
-        self.costs = StepCosts()
+        self.experience = Experience()
 
     def generate(
         self, prompt: Prompt, *, trace: bool = False, plain: bool = False, explain: bool = False, **options: Any
@@ -135,7 +135,7 @@ class SpeculativeModel:
                 out.text = text.text if text else ""
 
         draft = None if plain or settings.tree.nodes == 1 else self.draft
-        steps = decode(self.engine, draft, ids, settings, out, stop, costs=self.costs)
+        steps = decode(self.engine, draft, ids, settings, out, stop, experience=self.experience)
         return out, run()
 
     def _with_tree(self, settings: Settings, asked: bool, context: int, out: Generation) -> Settings:
@@ -277,7 +277,7 @@ def load(
     adapter = load_draft(draft, draft_where, engine, settings.cache.draft_context, config, tokens)
     model = SpeculativeModel(engine, adapter, tokenizer, settings)
     model.profile = _profile(engine, adapter, config.profile, not TREE_SHAPE.isdisjoint(options))
-    model.costs = StepCosts(model.profile.costs)
+    model.experience = Experience(model.profile.costs)
     return model
 
 

@@ -4,30 +4,35 @@ What the context offers is known before the round, what the draft is worth is me
 and so is what each shape of round costs (`step_costs.StepCosts`).
 """
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from specx.branches import Branches, Calibration
+from specx.branches import Branches, Calibration, source_of
 from specx.config import TreeConfig
 from specx.controller import Round
+from specx.experience import Experience
 from specx.static import BUCKETS
-from specx.step_costs import PLAIN, Shape, StepCosts
-from specx.tree import Plan
+from specx.step_costs import PLAIN, Shape
+from specx.tree import FEW, LOOK_BACK, Plan
 from specx.worth import DraftWorth
 
 _STAY = 1.05  # how much better the other choice, with or without the draft, must be
 _SAME = 1.05  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
-_PROBE_SHARE = 0.015  # of all time that may be lost by asking a draft that does not seem to pay
+_PROBE_SHARE = 0.01  # of all time that may be lost by asking a draft that does not seem to pay
 _PROBE_CREDIT = 4.0  # plain steps' time that may be lost so in any text, so that its first hundred tokens are looked at
-_PROBE_EVERY, _PROBE_AT_MOST = 8, 96  # tokens between two probes, doubled after each that fails
+_PROBE_EVERY, _PROBE_AT_MOST = 16, 96  # tokens between two probes, doubled after each that fails
 _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
 _CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt, and how much more seldom that is
-_OPENING = 1  # rounds of a text in which the draft is asked even if that is not expected to pay
+_OPENING = 1  # rounds of the very first text in which the draft is asked even if that is not expected to pay
 _LOOK_AGAIN = 8  # rounds after which costs are looked up again
 _RECONSIDER = 4  # rounds without the draft after which it is weighed again: planning takes time, too
-_FED_ANYWAY = 8  # waiting tokens that cost no more than one
-_ALONE = Plan(1, 0, 1, draft=False)
+_FADE = 0.97  # of what was counted of the context's stretches
+_ENOUGH_ASTRAY, _AHEAD = 8, 2  # tokens beside them before that counts; how far ahead a drafted token stands
+_ALONE, _GLANCE = Plan(1, 0, 1, draft=False), Plan(2, 0, 1)
+GLANCE = Shape(1, 2)
 
 
 @dataclass(slots=True)
@@ -63,7 +68,7 @@ class AutoController:
     Args:
         tree: The largest tree.
         scale: Of both sources.
-        costs: What rounds cost; goes on learning.
+        experience: From earlier texts; goes on learning.
         drafts: Whether there is a draft model.
         explain: Told each decision that differs in kind from the one before, in words; None: nobody is.
 
@@ -72,22 +77,33 @@ class AutoController:
     """
 
     def __init__(
-        self, tree: TreeConfig, scale: Calibration, costs: StepCosts, drafts: bool, explain: list[str] | None = None
+        self,
+        tree: TreeConfig,
+        scale: Calibration,
+        experience: Experience,
+        drafts: bool,
+        explain: list[str] | None = None,
     ) -> None:
-        self.tree, self.scale, self.costs, self.explain = tree, scale, costs, explain
+        self.tree, self.scale, self.costs, self.explain = tree, scale, experience.costs, explain
         self.mode = "plain"
         plans = [replace(plan, scale=scale) for plan in _draft_shapes(tree)] if drafts else []
         self._shapes = [(plan, Shape(plan.depth + 1, plan.nodes, plan.beam)) for plan in plans]
         self._lookups = [Shape(0, size) for size in BUCKETS[1:] if size <= bucket(tree.nodes)]
         self._rounds, self._known = 0, dict[Shape, float]()
         families = list(dict.fromkeys((plan.nodes, plan.beam) for plan in plans))
-        self.worth = DraftWorth(families, tree.depth + 1)
+        usual = experience.worth(families, tree.depth + 1)
+        self.worth = DraftWorth(families, tree.depth + 1, usual)
+        self._opening = 0 if usual.seen else _OPENING
+        self._led = deque[bool](maxlen=LOOK_BACK)  # of the newest tokens: whether the context led to them
         self._last: Choice | None = None
         self._drafting, self._since_draft = True, 0
         self._probe_every, self._since_probe = _PROBE_EVERY, 0
         self._spent = self._elapsed = 0.0
         self._context = self._asked = 0
         self._plain_every, self._since_plain = _PLAIN_EVERY, 0
+        # Of late: tokens to which the context did not lead, how often it began to; tokens and their ms where it did.
+        self._astray, self._entered, self._was_led = 0.0, 0.0, False
+        self._led_pace: tuple[float, ...] = 0.0, 0.0
 
     def plan(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Plan:
         """Return the most promising plan, or one that finds something out."""
@@ -100,15 +116,20 @@ class AutoController:
         free = self._without_draft(offer, context)
         if not self._shapes:
             return self._decide(free, "the best without a draft", free.mode)
-        if not (self._drafting or self.mode == "probe" or self._asked < _OPENING or self._rounds % _RECONSIDER == 0):
+        if not (
+            self._drafting or self.mode == "probe" or self._asked < self._opening or self._rounds % _RECONSIDER == 0
+        ):
             return self._decide(free, "the draft did not pay lately", free.mode)
         drafted = self._with_draft(remaining, offer, context, waiting)
         if self._wants_plain(max(drafted.rate, free.rate)):
             return self._decide(self._plain(context), "to know what a plain step costs", "plain", self._drafting)
+        pace = self._pace_beyond(max(drafted.rate, free.rate))
+        if pace:
+            drafted = self._with_draft(remaining, offer, context, waiting, pace)
         margin = _STAY if self._drafting else 1 / _STAY
-        if drafted.rate * margin > free.rate:
+        if drafted.tokens * margin - free.tokens > (pace or free.rate) * (drafted.ms - free.ms):
             return self._decide(drafted, f"better than {free}", drafted.mode)
-        if self._asked < _OPENING and free.plan.nodes == 1:
+        if self._asked < self._opening and free.plan.nodes == 1:
             return self._decide(drafted, "to see what the draft is worth here", drafted.mode)
         probe = self._probe(remaining, offer, context, waiting)
         if probe is not None and free.plan.nodes == 1:
@@ -123,7 +144,10 @@ class AutoController:
     def _note(self, done: Round) -> None:
         choice, costs = self._last, self.costs
         assert choice is not None
+        led = list(self._led)[-len(done.foreseen) :]
+        self._led.extend([source_of(code) == "context" for code in done.path] + [False])
         self._elapsed += done.ms + done.refresh_ms
+        self._follow(done)
         self._since_plain = 0 if choice.shape == PLAIN else self._since_plain + 1
         shape = choice.shape
         if done.nodes <= shape.nodes // 2 and not shape.levels:
@@ -133,7 +157,7 @@ class AutoController:
             self._since_draft += done.emitted
             self._since_probe += done.emitted
             return
-        late = done.waiting - _FED_ANYWAY
+        late = done.waiting - FEW
         if late > 0:
             usual = costs.ms(shape, done.context)
             if costs.known(shape):
@@ -144,18 +168,35 @@ class AutoController:
         if self._since_draft:
             self.worth.forget(self._since_draft)
             self._since_draft = 0
+        if done.foreseen:
+            self.worth.foresee([rank for rank, known in zip(done.foreseen, led, strict=False) if not known])
         self.worth.learn(choice.plan, done.path)
         self._asked += 1
         if self.mode == "probe":
             self._after_probe(done)
         else:
-            self._probe_every, self._since_probe = _PROBE_EVERY, 0
+            self._probe_every, self._since_probe = max(_PROBE_EVERY, self._probe_every // 2), 0
+
+    def _follow(self, done: Round) -> None:
+        """Count how often the context begins to lead, and how fast it does."""
+        led = bool(done.path) and source_of(done.path[0]) != "draft"
+        if led:
+            self._entered += not self._was_led
+            self._led_pace = tuple(
+                _FADE * before + new for before, new in zip(self._led_pace, (done.emitted, done.ms), strict=True)
+            )
+        else:
+            self._entered *= _FADE**done.emitted
+            self._astray = self._astray * _FADE**done.emitted + done.emitted
+        self._was_led = led
 
     def _after_probe(self, done: Round) -> None:
         plain = self.costs.ms(PLAIN, done.context)
         self._spent = max(0.0, self._spent + done.ms + done.refresh_ms - done.emitted * plain)
         self._since_probe = 0
-        self._probe_every = 0 if done.path else min(max(2 * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
+        self._probe_every = min(max(2 * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
+        if done.path and not done.foreseen:
+            self._probe_every = 0  # once may be chance
 
     def _decide(self, choice: Choice, why: str, mode: str, drafting: bool | None = None) -> Plan:
         if self.explain is not None and (mode != self.mode or self._last is None):
@@ -189,8 +230,8 @@ class AutoController:
         if self._rounds < 4 * _LOOK_AGAIN:
             return self.costs.ms(shape, context)
         if shape not in self._known:
-            self._known[shape] = self.costs.ms(shape, context)
-        return self._known[shape]
+            self._known[shape] = self.costs.ms(shape, context) / self.costs.pace
+        return self._known[shape] * self.costs.pace
 
     def _without_draft(self, offer: Branches | None, context: int) -> Choice:
         """Return the best number of the offered nodes, possibly none."""
@@ -208,19 +249,34 @@ class AutoController:
                 break
         return best
 
-    def _with_draft(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Choice:
-        """Return the best shape of the draft's tree."""
-        late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context) / _VISIT if waiting > _FED_ANYWAY else 0.0
+    def _pace_beyond(self, best: float) -> float:
+        """Return how fast tokens are expected from here on, in tokens a millisecond; 0.0: no faster than `best`, now.
+
+        A tree that is drafted between two stretches to which the context leads runs into the next one, whose tokens
+        would have come faster. So what it is worth is not what it saves of plain steps.
+        """
+        tokens, ms = self._led_pace
+        if not ms or tokens / ms <= best or self._astray < _ENOUGH_ASTRAY:
+            return 0.0
+        led = 1 - (1 - min(1.0, self._entered / self._astray)) ** _AHEAD
+        return 1 / ((1 - led) / best + led * ms / tokens)
+
+    def _with_draft(
+        self, remaining: int, offer: Branches | None, context: int, waiting: int, pace: float = 0.0
+    ) -> Choice:
+        """Return the best shape of the draft's tree: by its rate, or by what it gains over going on at `pace`."""
+        late = self.costs.catch_up_ms(waiting - FEW, context) / _VISIT if waiting > FEW else 0.0
         last = self._last.shape if self._last else None
         expected, leads = (offer.expected(), offer.leading()) if offer else ([0.0], 0.0)
         if not any(self.costs.known(shape) for _, shape in self._shapes):
             return self._drafted(len(self._shapes) - 1, remaining, offer, context, late)  # the others' costs follow
-        best, most = 0, -1.0
+        best, most = 0, -math.inf
         for number, (plan, shape) in enumerate(self._shapes):
-            tokens = self._tokens(plan, expected, leads)
-            rate = tokens / (self._ms(shape, context) + late) * (_SAME if shape == last else 1.0)
-            if rate > most:
-                best, most = number, rate
+            tokens = self._tokens(plan, expected, leads) * (_SAME if shape == last else 1.0)
+            ms = self._ms(shape, context) + late
+            gain = tokens - pace * ms if pace else tokens / ms
+            if gain > most:
+                best, most = number, gain
         return self._drafted(best, remaining, offer, context, late)
 
     def _tokens(self, plan: Plan, expected: list[float], leads: float) -> float:
@@ -246,8 +302,11 @@ class AutoController:
         """Return the cheapest look at the draft if one is due and what it may lose is within its share of the time."""
         if self._since_probe < self._probe_every:
             return None
-        late = self.costs.catch_up_ms(waiting - _FED_ANYWAY, context)
-        probe = self._drafted(0, remaining, offer, context, late)
+        late = self.costs.catch_up_ms(waiting - FEW, context)
+        if waiting > FEW:  # what it would have guessed of those tokens tells more than any tree
+            probe = Choice(_GLANCE, GLANCE, 1.0, self._ms(GLANCE, context) + late)
+        else:
+            probe = self._drafted(0, remaining, offer, context, late)
         plain = self._ms(PLAIN, context)
         allowed = _PROBE_SHARE * self._elapsed + _PROBE_CREDIT * plain
         return probe if self._spent + probe.ms - plain <= allowed else None

@@ -14,22 +14,28 @@ if TYPE_CHECKING:
     from specx.api import SpeculativeModel
 
 
+_FIXED = "plain,lookup,full,window,retrieval"
+
+
 @click.command("controller")
 @model_options
 @click.option("--data", default="stdlib", show_default=True, help="stdlib, a JSONL file or a folder of them.")
-@click.option("--lengths", default="2K,8K", show_default=True, help="Prompt lengths of the hopeless prompts.")
+@click.option("--lengths", default="2K,8K", show_default=True, help="Prompt lengths.")
 @click.option("--samples", default=2, show_default=True, type=click.IntRange(1), help="Prompts a kind and length.")
 @click.option("--new", default=384, show_default=True, type=click.IntRange(16), help="Tokens generated after each.")
 @click.option("--stretch", default=512, show_default=True, type=click.IntRange(64), help="A third of the given text.")
+@click.option("--fixed", default=_FIXED, show_default=True, help="Settings that the grid compares with.")
 @click.option(
-    "--measure", default="adversarial,return", show_default=True, help="adversarial, return, or both, by commas."
+    "--measure", default="adversarial,return", show_default=True, help="adversarial, return and grid, by commas."
 )
 @click.option("--out", metavar="DIR", required=True, help="Where rows.jsonl, summary.md and return.svg are written.")
 def controller(**given: Any) -> None:
-    """Measure that the controller is never slower than plain decoding, and returns when drafting pays again."""
+    """Measure the controller: on hopeless prompts, on a text where drafting stops paying and pays again, and beside
+    every fixed setting along given texts.
+    """
     wanted = [part.strip() for part in given["measure"].split(",")]
-    if not wanted or set(wanted) - {"adversarial", "return"}:
-        raise click.UsageError(f"--measure takes adversarial and return; got {given['measure']!r}")
+    if not wanted or set(wanted) - {"adversarial", "return", "grid"}:
+        raise click.UsageError(f"--measure takes adversarial, return and grid; got {given['measure']!r}")
     out = Path(given["out"])
     if (out / "rows.jsonl").exists():
         raise click.UsageError(f"{out / 'rows.jsonl'} already holds results: give another --out, or remove it")
@@ -47,6 +53,7 @@ def controller(**given: Any) -> None:
 def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str], out: Path) -> None:
     from specx.data.documents import length_name, read_documents
     from specx.eval import controller as measuring
+    from specx.eval import grid
     from specx.eval.facts import facts_of
 
     documents, rows = read_documents(given["data"], model.tokenizer), list[dict[str, Any]]()
@@ -56,9 +63,11 @@ def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str]
         measured.append(measuring.adversarial(model, documents, lengths, given["samples"], given["new"]))
     if "return" in wanted:
         measured.append(measuring.returning(model, documents, lengths[0], given["stretch"]))
-    named = ("target", "draft", "data", "lengths", "samples", "new", "stretch", "measure")
+    if "grid" in wanted:
+        measured.append(grid.measure(model, documents, lengths, given["samples"], given["new"], given["fixed"]))
+    named = ("target", "draft", "data", "lengths", "samples", "new", "stretch", "fixed", "measure")
     given = given | {"lengths": ",".join(map(length_name, lengths))}
-    parts = [f"--{name} {given[name]}" for name in named if given[name] is not None]
+    parts = [f"--{name} {given[name]}" for name in named if given[name] is not None and given[name] != _FIXED]
     command = " ".join(["specx bench controller", *parts])
     facts = facts_of(command, given["data"], given["target"], model)
     out.mkdir(parents=True, exist_ok=True)
@@ -69,13 +78,14 @@ def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str]
                     rows.append(row)
                     log.write(json.dumps(row) + "\n")
                     log.flush()
-                    if row["measure"] == "adversarial":
-                        rate = row["decode_tokens_per_second"]
-                        click.echo(f"{row['context']:>6} {row['prompt']:<20} {row['method']:<10} {rate:.1f}", err=True)
+                    if row["measure"] != "return":
+                        rate, place = row["decode_tokens_per_second"], row.get("prompt") or row["document"]
+                        click.echo(f"{row['context']:>6} {place:<20} {row['method']:<14} {rate:.1f}", err=True)
     finally:
-        (out / "summary.md").write_text(measuring.markdown(facts, rows), encoding="utf-8")
+        summary = "\n".join([measuring.markdown(facts, rows), *grid.markdown(rows)])
+        (out / "summary.md").write_text(summary, encoding="utf-8")
         _draw(rows, out)
-    click.echo(measuring.markdown({}, rows))
+    click.echo(summary)
 
 
 def _draw(rows: list[dict[str, Any]], out: Path) -> None:

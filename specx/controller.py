@@ -22,6 +22,7 @@ class Round:
         context: Tokens before it.
         waiting: Tokens that waited for the draft, root included.
         drafts: Whether there is a draft model.
+        foreseen: See `draft.Draft`; the last one is the root's.
     """
 
     plan: Plan
@@ -33,6 +34,7 @@ class Round:
     context: int
     waiting: int
     drafts: bool
+    foreseen: Sequence[int] = ()
 
 
 class Controller(Protocol):

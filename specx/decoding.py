@@ -14,6 +14,7 @@ from specx.config import Settings
 from specx.controller import Controller, FixedController, Round
 from specx.draft import Draft, DraftModel, ReadsTarget
 from specx.draft_cache import policy_of, started
+from specx.experience import Experience
 from specx.generation import Generation, Piece
 from specx.hf import HFModel, Output
 from specx.hf_config import end_ids, logits_processors
@@ -21,7 +22,6 @@ from specx.lookup import Lookup
 from specx.retrieval import CachePolicy, Kept
 from specx.sampling import TokenChooser
 from specx.sources import Sources
-from specx.step_costs import StepCosts
 from specx.target import Target
 from specx.tree import DraftTree, Plan
 
@@ -48,7 +48,7 @@ def decode(
     *,
     target: Target | None = None,
     chooser: Chooser | None = None,
-    costs: StepCosts | None = None,
+    experience: Experience | None = None,
 ) -> Generator[Piece]:
     """Generate after `ids`, yielding what each step emits; everything else goes into `out`.
 
@@ -60,12 +60,12 @@ def decode(
         stop: Told every emitted token; True ends the generation behind it.
         target: A target with room for the request, to share one prefill among several; None makes one.
         chooser: Chooses the tokens instead of the target, for measurements along a given text.
-        costs: What rounds of these models cost, so that it need not be found out again; None: nothing is known.
+        experience: With these models, which grows; None: there is none.
 
     Raises:
         ValueError: At once, if `settings` do not fit the models.
     """
-    return _steps(_Request(model, draft_model, ids, settings, out, stop, target, chooser, costs), ids)
+    return _steps(_Request(model, draft_model, ids, settings, out, stop, target, chooser, experience), ids)
 
 
 def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
@@ -113,7 +113,7 @@ class _Request:
         stop: StopCheck,
         target: Target | None,
         chooser: Chooser | None,
-        costs: StepCosts | None,
+        experience: Experience | None,
     ) -> None:
         self.out, self.settings, self.stop = out, settings, stop
         tree, wanted = settings.tree, settings.stopping.max_new_tokens
@@ -132,8 +132,11 @@ class _Request:
         looks = draft_model is not None and (settings.lookup or not self.draft)
         if draft_model and not self.draft and settings.rounds.lookup is False:
             raise ValueError(f"draft {draft_model.name} drafts from the context only: leave --no-lookup away")
-        self.sources = Sources(self.draft, Lookup() if looks else None, model.device)
-        self.controller = self._controller(costs or StepCosts())
+        controlled = settings.controlled and tree.tree_shape is None  # a shape is meant as it is
+        usual = (experience or Experience()) if controlled else None
+        lookup = Lookup(usual.matches if usual else None) if looks else None
+        self.sources = Sources(self.draft, lookup, model.device)
+        self.controller = self._controller(usual)
         processors = logits_processors(model.model, settings.sampling, ids, wanted)
         self.chooser: Chooser = chooser or TokenChooser(processors, settings.sampling, model.device)
         self.end_ids = end_ids(model.model)
@@ -169,13 +172,13 @@ class _Request:
             keep, self.kept = kept.indices, kept.chunks
         self.sources.prefill(ids, keep, root)
 
-    def _controller(self, costs: StepCosts) -> Controller:
+    def _controller(self, usual: Experience | None) -> Controller:
         tree, sources = self.settings.tree, self.sources
         if not sources.draft and not sources.lookup:
             return FixedController(None)
-        if not self.settings.controlled or tree.tree_shape is not None:  # a shape is meant as it is
+        if usual is None:
             return FixedController(tree, sources.scale if sources.lookup else None)
-        return AutoController(tree, sources.scale, costs, bool(sources.draft), self.out.decisions)
+        return AutoController(tree, sources.scale, usual, bool(sources.draft), self.out.decisions)
 
     def plan(self) -> Plan:
         """Return what the next round may spend."""
@@ -188,8 +191,9 @@ class _Request:
         codes, emitted = tree.lists()[3], len(whole.tokens)
         path, context = [codes[node] for node in whole.path[1:]], len(self.ids) - emitted
         done = Round(
-            plan, len(tree), path, emitted, 1000 * seconds, 1000 * refreshed, context, waiting, bool(self.draft)
-        )
+            plan, len(tree), path, emitted, 1000 * seconds, 1000 * refreshed, context, waiting,
+            bool(self.draft), self.sources.foreseen,
+        )  # fmt: skip
         self.out.modes[self.controller.learn(done)] += 1
 
     def _select(self, policy: CachePolicy, node: int, length: int) -> Kept:

@@ -29,6 +29,15 @@ class Draft(Protocol):
         """How a refresh fills the cache: "recompute" or "gather"."""
         ...
 
+    @property
+    def foreseen(self) -> Sequence[int]:
+        """What the last `propose` would have guessed of tokens that had waited, the newest last: `tree.ranks_of` each.
+
+        Of the newest few only, the root among them; empty if hardly any had waited, or where nothing of the kind is
+        computed.
+        """
+        ...
+
     def observe(self, ids: Tensor, chunk: Output) -> None:
         """Take what the target's layers gave for the next tokens of the prompt `ids`, int64 [L], while it prefills.
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -145,7 +146,7 @@ class HFModel:
     @property
     def last_device(self) -> torch.device:
         """Where the last layer's keys and values lie."""
-        layer = self._stack()[-2]
+        layer = self._stack[-2]
         return device_of(next(each for each in layer.modules() if each._parameters))
 
     @property
@@ -305,8 +306,9 @@ class HFModel:
         """Return the devices that the model lies on."""
         return set(getattr(self.model, "hf_device_map", {}).values()) or {self.device}
 
+    @cached_property
     def _stack(self) -> list[nn.Module]:
-        """Return the decoder's layers, and behind them the decoder itself, which ends with the final norm."""
+        """The decoder's layers, and behind them the decoder itself, which ends with the final norm."""
         decoder, count = self.model.get_decoder(), self.config.num_hidden_layers
         lists = [each for each in decoder.modules() if isinstance(each, nn.ModuleList) and len(each) == count]
         if not lists:
@@ -364,7 +366,7 @@ class HFModel:
 
             return hook
 
-        stack = self._stack() if layers else ()
+        stack = self._stack if layers else ()
         handles = [stack[layer].register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers)]
         try:
             yield features

@@ -50,10 +50,15 @@ class LookupIndex:
 
 
 class MatchRates:
-    """How often a token after a match of some length is the right one, measured while decoding."""
+    """How often a token after a match of some length is the right one, measured while decoding.
 
-    def __init__(self) -> None:
-        guesses = [1 - 0.7 * 0.75 ** (length - _ORDER) for length in range(_ORDER, _LONGEST + 1)]
+    Args:
+        usual: What was seen in earlier texts, which goes on learning with this one; None: nothing.
+    """
+
+    def __init__(self, usual: "MatchRates | None" = None) -> None:
+        self._usual, lengths = usual, range(_ORDER, _LONGEST + 1)
+        guesses = [1 - 0.7 * 0.75 ** (length - _ORDER) if usual is None else usual.of(length) for length in lengths]
         self._right = [_WEIGHT * guess for guess in guesses]
         self._tried = [_WEIGHT] * len(guesses)
 
@@ -64,6 +69,8 @@ class MatchRates:
 
     def count(self, length: int, right: bool) -> None:
         """Take note of one try; old ones fade."""
+        if self._usual is not None:
+            self._usual.count(length, right)
         place = min(length, _LONGEST) - _ORDER
         fade = 1 - 1 / (16 * _WEIGHT)
         self._right[place] = self._right[place] * fade + right
@@ -71,10 +78,14 @@ class MatchRates:
 
 
 class Lookup:
-    """One request's lookup: all its tokens, and how well matches did so far."""
+    """One request's lookup: all its tokens, and how well matches did so far.
 
-    def __init__(self) -> None:
-        self.index, self.rates = LookupIndex(), MatchRates()
+    Args:
+        usual: How well they did in earlier requests.
+    """
+
+    def __init__(self, usual: MatchRates | None = None) -> None:
+        self.index, self.rates = LookupIndex(), MatchRates(usual)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens."""

@@ -1,5 +1,7 @@
 """The two sources of a tree, a draft model and the context, seen as one draft."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ class Sources:
         draft: The draft model's part; None: there is none.
         lookup: The context's part; None: it is not used.
         device: Of the trees that have no draft's nodes.
+
+    Attributes:
+        foreseen: What the draft, if the last tree is its, would have guessed of tokens that waited; see `draft.Draft`.
     """
 
     def __init__(self, draft: Draft | None, lookup: Lookup | None, device: torch.device) -> None:
@@ -25,6 +30,7 @@ class Sources:
         self.scale = Calibration()
         self._root, self._tree = -1, DraftTree.single(-1)
         self._offer: Branches | None = None
+        self.foreseen: Sequence[int] = ()
 
     @property
     def cached(self) -> int:
@@ -54,8 +60,10 @@ class Sources:
 
     def propose(self, plan: Plan) -> DraftTree:
         """Return the next tree."""
+        self.foreseen = ()
         if self.draft and plan.draft and plan.nodes > 1:
             tree = self.draft.propose(plan)
+            self.foreseen = self.draft.foreseen
         elif plan.branches and plan.nodes > 1:
             tree = DraftTree.of_branches(self._root, plan.branches.best(plan.nodes - 1), self.device)
         else:

@@ -2,11 +2,11 @@
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import median_low
 from typing import Protocol
 
-_SAMPLES = 9  # the newest ones of a shape; a quarter of them are faster than what counts: disturbances only slow down
+_SAMPLES = 9  # the newest ones of a shape
 _ENOUGH, _MANY = 2, 5  # of them before they are used at all, and before they are believed over better known shapes
 _GAP = 16  # rounds without a shape after which its newest ones are no longer compared with those before
 _DEARER_NODE, _DEARER_LEVEL, _WAITING = 0.02, 0.1, 0.005  # first guesses, of a plain step: low, so that all is tried
@@ -54,6 +54,9 @@ class StepCosts:
 
     Args:
         prior: Where figures come from before there are own ones; they are scaled to the plain steps measured here.
+
+    Attributes:
+        pace: Milliseconds now over milliseconds when the first shapes were measured, the same for all of them.
     """
 
     def __init__(self, prior: CostPrior | None = None) -> None:
@@ -61,7 +64,7 @@ class StepCosts:
         self._samples: dict[Shape, dict[int, deque[float]]] = {}
         self._typical: dict[Shape, dict[int, float]] = {}
         self._warm: set[Shape] = set()
-        self._pace, self._rounds = 1.0, 0  # milliseconds now over milliseconds when the first shapes were measured
+        self.pace, self._rounds = 1.0, 0
         self._recent: dict[Shape, _Recent] = {}
         self._refresh = 0.0  # mean milliseconds of rebuilding the draft's cache, a round with the draft
         self._late: deque[tuple[int, float]] = deque(maxlen=_SAMPLES)  # tokens that waited, milliseconds they took
@@ -73,10 +76,10 @@ class StepCosts:
             return
         place = bucket_of(context)
         samples = self._samples.setdefault(shape, {}).setdefault(place, deque(maxlen=_SAMPLES))
-        samples.append(ms / self._pace)
+        samples.append(ms / self.pace)
         self._follow(shape, ms, samples)
         if len(samples) >= _ENOUGH:
-            self._typical.setdefault(shape, {})[place] = sorted(samples)[(len(samples) - 1) // 4]
+            self._typical.setdefault(shape, {})[place] = _typical(samples)
 
     def _follow(self, shape: Shape, ms: float, samples: deque[float]) -> None:
         """Notice when the whole machine has become slower or faster, by a shape that goes on being measured.
@@ -95,18 +98,18 @@ class StepCosts:
             return
         if recent.anchor is None:
             before = list(samples)[:-_MANY]
-            recent.anchor = median_low(before) if before else median_low(recent.raw) / self._pace
-        self._pace = median_low(recent.raw) / recent.anchor
+            recent.anchor = _typical(before) if before else _typical(recent.raw) / self.pace
+        self.pace = _typical(recent.raw) / recent.anchor
         for back in range(1, min(_MANY, len(samples)) + 1):
-            samples[-back] = recent.raw[-back] / self._pace
+            samples[-back] = recent.raw[-back] / self.pace
 
     def add_refresh(self, ms: float) -> None:
         """Take note of what a round with the draft spent on rebuilding its cache, 0 for most."""
-        self._refresh += (ms / self._pace - self._refresh) / 16
+        self._refresh += (ms / self.pace - self._refresh) / 16
 
     def add_catch_up(self, tokens: int, ms: float) -> None:
         """Take note of a round that fed the draft `tokens` tokens more than usual and took `ms` longer."""
-        self._late.append((tokens, max(0.0, ms / self._pace)))
+        self._late.append((tokens, max(0.0, ms / self.pace)))
 
     def known(self, shape: Shape) -> bool:
         """Tell whether a shape was measured, at any length."""
@@ -119,7 +122,7 @@ class StepCosts:
             own = self._guess(shape, context)
         elif shape.levels and self._count(shape) < _MANY:
             own = min(own, self._guess(shape, context))  # or what seemed dear once would not be tried again
-        return (own + (self._refresh if shape.levels else 0.0)) * self._pace
+        return (own + (self._refresh if shape.levels else 0.0)) * self.pace
 
     def _count(self, shape: Shape) -> int:
         return sum(map(len, self._samples.get(shape, {}).values()))
@@ -139,7 +142,7 @@ class StepCosts:
         if tokens <= 0:
             return 0.0
         near, ms = min(self._late, key=lambda each: abs(each[0] - tokens), default=(0, 0.0))
-        return (ms + max(0, tokens - near) * _WAITING * self._plain(context)) * self._pace
+        return (ms + max(0, tokens - near) * _WAITING * self._plain(context)) * self.pace
 
     def _measured(self, shape: Shape, place: int) -> float | None:
         found = self._typical.get(shape)
@@ -190,6 +193,12 @@ class StepCosts:
             scale = self._plain(context) / self.prior.verify_ms(1, context)
             return self.prior.level_ms(context) * scale
         return _DEARER_LEVEL * self._plain(context)
+
+
+def _typical(samples: Iterable[float]) -> float:
+    """Return the lower quartile: disturbances only slow down."""
+    ordered = sorted(samples)
+    return ordered[(len(ordered) - 1) // 4]
 
 
 def _dearer(nodes: int, levels: int = 0) -> float:

@@ -14,6 +14,10 @@ from torch import Tensor
 from specx.branches import Branches, Calibration, with_ranks
 from specx.candidates import Pool
 
+FORESEEN = 8  # ranks that are told apart, of tokens that the draft saw only afterwards
+LOOK_BACK = 64  # such tokens at most: their logits are to cost little beside feeding them
+FEW = 8  # waiting tokens of which nothing is asked: a round or two left them behind, and they cost no more than one
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -128,6 +132,19 @@ class DraftTree:
             found.append(node)
             node = parents[node]
         return found[::-1]
+
+
+def ranks_of(logits: Tensor, tokens: Tensor, vocabulary: Tensor | None = None) -> list[int]:
+    """Return the place, from 0, of each token among the `FORESEEN` that its logits rank first; else `FORESEEN`.
+
+    Args:
+        logits: [n, V].
+        tokens: int64 [n].
+        vocabulary: Token id of each column of the logits, int64 [V], where they are not 0, 1, ...
+    """
+    best = logits.topk(min(FORESEEN, logits.shape[-1])).indices
+    same = (best if vocabulary is None else vocabulary[best]) == tokens[:, None]
+    return torch.where(same.any(1), same.int().argmax(1), FORESEEN).tolist()
 
 
 def grow(

@@ -37,6 +37,7 @@ LAYERS = [
     {"profiles"},
     {"step_costs", "store", "generation", "sources"},
     {"worth", "draft_cache"},
+    {"experience"},
     {"controller", "auto_controller"},
     {"decoding"},
     {"data"},

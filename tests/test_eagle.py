@@ -358,7 +358,7 @@ class TestDeepHeads:
         draft, target = Requests(deep, capacity=40).prefilled(ids, torch.arange(60, 100))
         assert [count for _, count in seen] == [20, 20, 20, 20, 19]
         _, values = deep.draft.head.project(
-            torch.tensor(ids)[1:100], deep.draft.states(target.prefill(torch.tensor(ids[:99])))
+            torch.tensor(ids)[1:100], deep.draft.states(deep.draft.features(target.prefill(torch.tensor(ids[:99]))))
         )
         for (found, _), first in zip(seen, (0, 20, 40, 60, 80), strict=True):
             past = [*range(4), *range(first - 16, first)] if first else []

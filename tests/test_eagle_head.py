@@ -222,7 +222,7 @@ def test_features_of_any_target(tmp_path, family):
     other = tiny_target(family, **({"num_key_value_heads": HEADS} if family == "GPTNeoX" else {}))
     pair = couple(other, save(tmp_path, flat_config(), head_tensors(EAGLE1)))
     target, ids = Target(pair.engine, 40, taps=pair.draft.taps), prompt_of(30)
-    states = pair.draft.states(target.prefill(ids))
+    states = pair.draft.states(pair.draft.features(target.prefill(ids)))
     with torch.no_grad():
         own = other(ids[None], output_hidden_states=True).hidden_states[-1][0]
     torch.testing.assert_close(states, own, atol=1e-4, rtol=1e-4)

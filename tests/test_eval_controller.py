@@ -10,7 +10,7 @@ from conftest import noised, pair
 from specx import cli
 from specx.config import Settings
 from specx.data.documents import Document
-from specx.eval import controller
+from specx.eval import controller, grid
 from specx.eval.plot import along_the_text
 
 
@@ -84,6 +84,33 @@ def test_ratios_by_hand():
     assert found["prompts"] == 2
 
 
+def test_every_setting_writes_the_given_text(model, documents):
+    rows = list(grid.measure(model, documents, [40, 300], 2, 30, "plain,lookup,full,window"))
+    assert {row["method"] for row in rows} == {"plain", "lookup", "full", "window", *grid.OURS}
+    places = {(row["kind"], row["document"], row["position"], row["context"]) for row in rows}
+    assert len(rows) == 6 * len(places)
+    for row in rows:
+        assert row["decode_tokens_per_second"] > 0
+        assert (row["method"] == "plain") <= (row["tau"] == 1.0)
+    text = "\n".join(grid.markdown(rows))
+    assert text.count("| ordinary |") == 2
+    assert grid.markdown([]) == []
+
+
+def test_cells_by_hand():
+    rates = {"plain": (1.0, 4.0), "lookup": (8.0, 2.0), "window": (3.0, 3.0), "specx": (4.0, 4.0)}
+    rows = [
+        {"measure": "grid", "kind": "ordinary", "context": 9, "method": method, "decode_tokens_per_second": rate}
+        for method, pair_of in {**rates, "specx:lookup=0": (2.0, 4.5)}.items()
+        for rate in pair_of
+    ]
+    (cell,) = grid.cells([*rows, {"measure": "return"}])
+    assert cell["rates"]["plain"] == pytest.approx(2.0)
+    assert cell["specx"] == {"best": "lookup", "ratio": pytest.approx(1.0)}
+    assert cell["specx:lookup=0"] == {"best": "window", "ratio": pytest.approx(1.0)}
+    assert "1.000 (lookup)" in "\n".join(grid.markdown(rows))
+
+
 def test_bins_by_hand():
     base = {"measure": "return", "method": "m"}
     rows = [
@@ -101,7 +128,7 @@ def test_bins_by_hand():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--measure", "speed"], "--measure takes adversarial and return; got 'speed'"),
+        (["--measure", "speed"], "--measure takes adversarial, return and grid; got 'speed'"),
         (["--lengths", "x"], "a length must be a whole number of tokens"),
     ],
 )

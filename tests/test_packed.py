@@ -7,7 +7,7 @@ from torch import nn
 
 from specx import packed
 from specx.hf import HFModel
-from specx.packed import PackedLinears
+from specx.packed import PackedLinears, steady_rows
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"), reason="this torch has no oneDNN linear layers"
@@ -84,3 +84,12 @@ def test_an_enhanced_model_uses_it_and_stays_itself_outside():
         outputs.append(each.forward(ids, torch.arange(8), each.new_cache(16)).logits.float())
     torch.testing.assert_close(*outputs, atol=0.05, rtol=0.05)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_few_sizes_for_products_that_are_compiled():
+    cpu = torch.device("cpu")
+    sizes = {steady_rows(rows, torch.bfloat16, cpu) for rows in range(9, 257)}
+    assert sizes == set(range(16, 257, 16))
+    assert all(steady_rows(rows, torch.bfloat16, cpu) >= rows for rows in range(1, 400))
+    assert [steady_rows(rows, torch.bfloat16, cpu) for rows in (1, 8, 16, 300)] == [1, 8, 16, 300]
+    assert steady_rows(23, torch.float32, cpu) == steady_rows(23, torch.bfloat16, torch.device("cuda")) == 23

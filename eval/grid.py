@@ -1,0 +1,138 @@
+"""Every fixed setting, and the controller, along the same texts: what leaving the choice to the controller costs.
+
+Free generations compare settings badly: in bfloat16 they part at a near tie, and the one that falls into a loop looks
+fast. Here the text is given, a document's own continuation, so that every setting writes the same tokens, and what
+differs is how many of them the draft and the context foresee, and what that takes.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specx.adapters.lookup import LookupModel
+from specx.api import SpeculativeModel
+from specx.data.documents import Document, length_name
+from specx.decoding import decode
+from specx.eval.controller import GivenText
+from specx.eval.methods import Spec, options_of, parse_methods
+from specx.eval.spans import Kind, Span, choose_spans
+from specx.experience import Experience
+from specx.generation import Generation
+from specx.target import Target
+
+Row = dict[str, Any]
+OURS = {"specx": "", "specx:lookup=0": "lookup"}  # the controller, and the fixed setting that it is not compared with
+LEAST = 0.97  # of the best fixed setting of a cell
+KINDS: tuple[Kind, ...] = ("ordinary", "recurrence")
+
+
+def measure(
+    model: SpeculativeModel, documents: list[Document], contexts: list[int], samples: int, new: int, fixed: str
+) -> Iterator[Row]:
+    """Yield a row for every kind of place, place, length and setting.
+
+    The first place of all, at the shortest length, is run once more beforehand and not counted.
+
+    Args:
+        samples: Places a kind.
+        new: Tokens written after each.
+        fixed: Methods (`eval.methods`) of ours to compare with.
+
+    Raises:
+        ValueError: If no document is long enough.
+    """
+    assert model.draft is not None
+    specs, window = parse_methods(",".join([fixed, *OURS])), model.draft.draft_context
+    experience = {spec.text: Experience() for spec in specs}
+    warm = False
+    for kind in KINDS:
+        for number, span in enumerate(choose_spans(documents, samples, max(contexts), new, window, kind)):
+            order = specs[number % len(specs) :] + specs[: number % len(specs)]
+            for context in contexts:
+                if not warm:
+                    list(_place(model, span, min(contexts), order, experience))
+                    warm = True
+                for row in _place(model, span, context, order, experience):
+                    yield {"measure": "grid", "kind": kind} | row
+
+
+def _place(
+    model: SpeculativeModel, span: Span, context: int, specs: list[Spec], experience: dict[str, Experience]
+) -> Iterator[Row]:
+    """Run all settings at one place; the target prefills twice: bare, and with what a draft reads of it."""
+    ids = span.prompt(context).to(model.engine.device)
+    text = torch.cat([ids, span.continuation.to(ids.device)])
+    rows, taps = len(text) + 256, model.draft.taps if model.draft else ()
+    bare = Target(model.engine, rows)
+    whole = Target(model.engine, rows, model.engine.score_layer(), tuple(taps))
+    for spec in specs:
+        target = bare if spec.name in ("plain", "lookup") else whole
+        stats = _run(model, spec, ids, text, target, experience[spec.text]).stats
+        yield {
+            "document": span.document, "position": span.position, "context": context, "method": spec.text,
+            "decode_tokens_per_second": stats["decode_tokens_per_second"], "tau": stats["tau"],
+            "rounds_by_mode": stats["rounds_by_mode"], "load": round(os.getloadavg()[0], 2),
+        }  # fmt: skip
+
+
+def _run(
+    model: SpeculativeModel, spec: Spec, ids: Tensor, text: Tensor, target: Target, experience: Experience
+) -> Generation:
+    options = options_of(spec)
+    draft = None if options.pop("plain", False) else model.draft
+    settings = model.settings.override(max_new_tokens=len(text) - len(ids), temperature=0.0, **options)
+    out = Generation(len(ids))
+    steps = decode(
+        model.engine, LookupModel() if spec.name == "lookup" else draft, ids, settings, out, lambda _: False,
+        target=target, chooser=GivenText(text), experience=experience,
+    )  # fmt: skip
+    for _ in steps:
+        pass
+    return out
+
+
+def cells(rows: list[Row]) -> list[Row]:
+    """Return for every kind and length the geometric mean of each setting's tokens/s, and ours over the best fixed."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["measure"] == "grid":
+            place = found.setdefault((row["kind"], row["context"]), {})
+            place.setdefault(row["method"], []).append(row["decode_tokens_per_second"])
+    table = []
+    for (kind, context), methods in found.items():
+        rates = {name: math.exp(sum(map(math.log, each)) / len(each)) for name, each in methods.items()}
+        cell: Row = {"kind": kind, "context": context, "n": len(next(iter(methods.values()))), "rates": rates}
+        for name, left_out in OURS.items():
+            others = {other: rate for other, rate in rates.items() if other not in (*OURS, left_out)}
+            if name in rates and others:
+                best = max(others, key=others.__getitem__)
+                cell[name] = {"best": best, "ratio": rates[name] / others[best]}
+        table.append(cell)
+    return table
+
+
+def markdown(rows: list[Row]) -> list[str]:
+    """Return the table of `cells`."""
+    table = cells(rows)
+    if not table:
+        return []
+    names = list(dict.fromkeys(name for cell in table for name in cell["rates"]))
+    head = ["places", "context", "n", *names, "specx over best", "without the context"]
+    lines = [
+        "## The controller and every fixed setting", "",
+        "Decode tokens/s along given texts, the documents' own continuations: every setting writes the same tokens. "
+        f"Geometric means. Wanted: specx at least {LEAST} of the cell's best fixed setting; without the context, of "
+        "the best but lookup.", "",
+        "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1),
+    ]  # fmt: skip
+    for cell in table:
+        rates = [f"{cell['rates'][name]:.1f}" if name in cell["rates"] else "-" for name in names]
+        ours = [f"{cell[name]['ratio']:.3f} ({cell[name]['best']})" if name in cell else "-" for name in OURS]
+        lines.append(
+            "| " + " | ".join([cell["kind"], length_name(cell["context"]), str(cell["n"]), *rates, *ours]) + " |"
+        )
+    return [*lines, ""]
