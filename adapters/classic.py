@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specx.acceptance import Walk
 from specx.config import CacheConfig
+from specx.draft import TokenIds
 from specx.hf import HFModel, Output
 from specx.packed import steady_rows
 from specx.rotary import Rotation, find_rotation
@@ -73,11 +74,10 @@ class ClassicDraft:
         self.model, self.vocab, self.sinks = settings.model, settings.vocab, sinks
         self.capacity, self.tree_rows = capacity, tree_rows
         self.cache, self.store = self.model.new_cache(capacity + tree_rows), store
-        self._ids = torch.empty(0, dtype=torch.long, device=self.model.device)
+        self._ids = TokenIds(self.model.device)
         self._fed = 0  # tokens of _ids that are in the cache or were dropped from it
-        self._held, self._held_fed = self._ids, 0  # tokens cached at the last rebuild, and what was fed by then
+        self._held, self._held_fed = self._ids.all(), 0  # tokens cached at the last rebuild, and what was fed by then
         self._tree: DraftTree | None = None
-        self._root = -1
         self.foreseen: Sequence[int] = ()
 
     @property
@@ -100,9 +100,9 @@ class ClassicDraft:
 
     def prefill(self, ids: Tensor, keep: Tensor | None) -> None:
         """Cache the prompt, or the part of it at `keep`."""
-        self._ids = ids.to(self.model.device)
+        self._ids.start(ids)
         if keep is None:
-            self._feed(self._ids)
+            self._feed(self._ids.all())
             self._fed = len(ids)
             return
         if self.store is not None:
@@ -111,7 +111,7 @@ class ClassicDraft:
 
     def begin(self, root: int) -> None:
         """Take the first chosen token."""
-        self._append([root])
+        self._ids.append([root])
 
     def refresh(self, keep: Tensor) -> None:
         """Rebuild the cache from its first row on that differs.
@@ -134,12 +134,12 @@ class ClassicDraft:
         if self.store is not None:
             self.store.gather(keep[same:], self.cache)
         else:
-            self._feed(self._ids[keep[same:]])
+            self._feed(self._ids.all()[keep[same:]])
         self._held, self._held_fed, self._fed = keep, fed, fed
 
     def propose(self, plan: Plan) -> DraftTree:
         """Feed what is waiting, then grow a tree level by level."""
-        fed = self._ids[self._fed :]
+        fed = self._ids.all()[self._fed :]
         logits = self._feed(fed, min(len(fed), LOOK_BACK) if len(fed) > FEW else 1)
         self._fed = len(self._ids)
         known = len(logits) - 1
@@ -154,7 +154,7 @@ class ClassicDraft:
             out = self.model.forward(tokens, positions, self.cache, mask=mask, tail_positions=tail)
             return out.logits[:, : self.vocab]
 
-        self._tree = grow(self._root, logits[-1], expand, plan)
+        self._tree = grow(int(fed[-1]), logits[-1], expand, plan)
         return self._tree
 
     def accept(self, walk: Walk, step: Output | None = None) -> None:
@@ -168,25 +168,21 @@ class ClassicDraft:
                 rows.append(row_of[node])
         self.cache.commit(rows)
         self._fed += len(rows)
-        self._append(walk.tokens)
+        self._ids.append(walk.tokens)
         self._tree = None
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        self._ids = torch.cat([self._ids, torch.tensor(tokens, dtype=torch.long, device=self._ids.device)])
-        self._root = tokens[-1]
 
     def _compute(self, store: KeyValueStore, last: int) -> None:
         """Compute tokens up to `last` into the store: each chunk sees the sinks and the chunk before, at bounded
         positions.
         """
-        half, device = max(1, self.capacity // 2), self._ids.device
+        half, ids = max(1, self.capacity // 2), self._ids.all()
         sinks = min(self.sinks, half // 2)
         while self._fed < last:
-            past = torch.arange(max(0, self._fed - half), self._fed, device=device)
-            past[:sinks] = torch.arange(sinks, device=device)[: len(past)]
+            past = torch.arange(max(0, self._fed - half), self._fed, device=ids.device)
+            past[:sinks] = torch.arange(sinks, device=ids.device)[: len(past)]
             self.cache.truncate(0)
             store.gather(past, self.cache)
-            chunk = self._ids[self._fed : min(self._fed + half, last)]
+            chunk = ids[self._fed : min(self._fed + half, last)]
             self._feed(chunk)
             store.append(self.cache, len(chunk))
             self._held, self._held_fed, self._fed = past, self._fed, self._fed + len(chunk)

@@ -15,6 +15,7 @@ from specx.acceptance import Walk
 from specx.adapters.eagle_head import EagleHead, HeadOutput
 from specx.cache import TreeCache
 from specx.config import CacheConfig
+from specx.draft import TokenIds
 from specx.hf import HFModel, Output
 from specx.hf_attention import Call
 from specx.packed import steady_rows
@@ -99,12 +100,15 @@ class EagleDraft:
         self.cache = TreeCache(self.head.head.layers, capacity + tree_rows)
         self.head.allocate(self.cache)
         device = self.head.device
-        self._ids = torch.empty(0, dtype=torch.long, device=device)
+        self._ids = TokenIds(device)
         self._states = torch.empty(0, self.head.head.hidden, device=device)  # of tokens whose entries are not computed
         self.foreseen: Sequence[int] = ()
         self._features: list[Tensor] = []  # of those behind them, which have no states yet
         self._fed = 0  # entries computed: in the cache, or dropped from it
-        self._held, self._since = self._ids, 0  # entries cached at the last rebuild, and how many were computed by then
+        self._held, self._since = (
+            self._ids.all(),
+            0,
+        )  # entries cached at the last rebuild, and how many were computed by then
 
     @property
     def cached(self) -> int:
@@ -127,7 +131,7 @@ class EagleDraft:
 
     def prefill(self, ids: Tensor, keep: Tensor | None) -> None:
         """Fill the cache with the prompt's entries, or those at `keep`."""
-        self._ids = ids.to(self.head.device)
+        self._ids.start(ids)
         if self.store is not None:
             self._rebuild(self.store, torch.arange(self._fed) if keep is None else keep)
         elif keep is not None:
@@ -135,7 +139,7 @@ class EagleDraft:
 
     def begin(self, root: int) -> None:
         """Take the first chosen token."""
-        self._append([root])
+        self._ids.append([root])
 
     @torch.no_grad()
     def refresh(self, keep: Tensor) -> None:
@@ -156,7 +160,7 @@ class EagleDraft:
         in_cache = torch.arange(self._since, self._fed, device=self._held.device)
         self._held, self._since = torch.cat([self._held, in_cache]), self._fed
         states, self._states = self._states[:-1], self._states[-1:]
-        self._absorb(self._ids[self._fed + 1 : self._fed + 1 + len(states)], states)
+        self._absorb(self._ids.all()[self._fed + 1 : self._fed + 1 + len(states)], states)
 
     def _rebuild(self, store: KeyValueStore, keep: Tensor) -> None:
         keep = keep.to(self.head.device)
@@ -170,7 +174,7 @@ class EagleDraft:
     def propose(self, plan: Plan) -> DraftTree:
         """Compute the waiting entries from true features, then grow a tree on the head's own outputs."""
         self._fuse()
-        fed = self._ids[len(self._ids) - len(self._states) :]
+        fed = self._ids.all()[len(self._ids) - len(self._states) :]
         out = self._feed(fed, self._states)
         self._states = self._states[:0]
         start, device = self.cache.committed, self.head.device
@@ -192,14 +196,14 @@ class EagleDraft:
         logits = self.head.logits(out.read[-LOOK_BACK if len(fed) > FEW else -1 :])
         known, vocabulary = len(logits) - 1, self.model.vocabulary
         self.foreseen = ranks_of(logits[:known], fed[len(fed) - known :], vocabulary) if known else []
-        return grow(int(self._ids[-1]), logits[-1], expand, plan, vocabulary)
+        return grow(int(fed[-1]), logits[-1], expand, plan, vocabulary)
 
     @torch.no_grad()
     def accept(self, walk: Walk, step: Output) -> None:
         """Drop the tree's entries; those of the accepted tokens wait with the target's features."""
         self.cache.rollback()
         self._features.append(self.model.features(step, walk.path))
-        self._append(walk.tokens)
+        self._ids.append(walk.tokens)
 
     def _fuse(self) -> None:
         """Turn features into states, as late as possible: of many tokens at once that costs hardly more than of one."""
@@ -207,9 +211,6 @@ class EagleDraft:
             states = self.model.states(torch.cat(self._features))
             self._states = torch.cat([self._states.to(states.dtype), states])
             self._features.clear()
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        self._ids = torch.cat([self._ids, torch.tensor(tokens, dtype=torch.long, device=self._ids.device)])
 
     def _absorb(self, ids: Tensor, states: Tensor) -> None:
         """Compute a prompt's next entries, whose outputs nobody reads."""

@@ -15,6 +15,7 @@ from specx import attention
 from specx.acceptance import Walk
 from specx.adapters.longspec_block import WINDOW, LongSpecBlock, OwnAttention, Tables
 from specx.config import CacheConfig
+from specx.draft import TokenIds
 from specx.hf import HFModel, Output
 from specx.hf_config import device_of
 from specx.tree import DraftTree, Plan, grow
@@ -139,7 +140,7 @@ class LongSpecDraft:
         none = self.block.keys_values(*self._entered(torch.zeros(1, dtype=torch.long), 0))[0][:, :, :0]
         self.ring = Ring(WINDOW + (tree_rows if model.alignment == "reference" else 0), none)
         self.tail = none.new_empty(2, *none.shape[:2], tree_rows, none.shape[3])
-        self._ids = torch.empty(0, dtype=torch.long, device=self.device)
+        self._ids = TokenIds(self.device)
         self._kept: tuple[Tensor, Tensor, int] | None = None  # copied rows, and how many tokens were committed then
         self._read: Callable[[], Rows] | None = None
 
@@ -169,14 +170,14 @@ class LongSpecDraft:
     @torch.no_grad()
     def prefill(self, ids: Tensor, keep: Tensor | None) -> None:
         """Project the prompt's last tokens."""
-        self._ids = ids.to(self.device)
+        self._ids.start(ids)
         self._project()
         if keep is not None:
             self.refresh(keep)
 
     def begin(self, root: int) -> None:
         """Take the first chosen token."""
-        self._append([root])
+        self._ids.append([root])
 
     def refresh(self, keep: Tensor) -> None:
         """See only the tokens at `keep`, at their own positions, and those to come."""
@@ -196,21 +197,18 @@ class LongSpecDraft:
             fed += len(tokens)
             return self._run(tokens, root + 1 + level, own, context)
 
-        newest = self._ids[-1:]
+        newest = self._ids.all()[-1:]
         logits = self._run(newest, root, self._root_attention(root), context)
         return grow(int(newest), logits[0], expand, plan, self.model.vocabulary)
 
     def accept(self, walk: Walk, step: Output) -> None:
         """Take the emitted tokens; the tree's keys are forgotten."""
-        self._append(walk.tokens)
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        self._ids = torch.cat([self._ids, torch.tensor(tokens, dtype=torch.long, device=self.device)])
+        self._ids.append(walk.tokens)
 
     def _project(self) -> None:
         """Bring the ring up to the newest token."""
         first, end = max(self.ring.end, len(self._ids) - self.ring.rows), len(self._ids)
-        x, tables = self._entered(self._ids[first:], first)
+        x, tables = self._entered(self._ids.all()[first:], first)
         positions = torch.arange(first, end, device=self.device)
         self.ring.extend(*self.block.keys_values(x, tables), positions, end)
 

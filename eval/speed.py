@@ -25,9 +25,9 @@ def measure(
 
 
 def warm(prompt: Prompt, methods: dict[str, Method], model: SpeculativeModel) -> None:
-    """Run every method once on a short prompt."""
+    """Run every method once on a short prompt: for long enough that what is compiled, and what is measured, is."""
     for method in methods.values():
-        method(prompt.ids[-64:].to(model.engine.device), 8)
+        method(prompt.ids[-64:].to(model.engine.device), 64)
 
 
 def one(

@@ -23,12 +23,12 @@ _SAME = 1.05  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
 _PROBE_SHARE = 0.01  # of all time that may be lost by asking a draft that does not seem to pay
 _PROBE_CREDIT = 4.0  # plain steps' time that may be lost so in any text, so that its first hundred tokens are looked at
-_PROBE_EVERY, _PROBE_AT_MOST = 16, 96  # tokens between two probes, doubled after each that fails
+_PROBE_EVERY, _PROBE_AT_MOST = 16, 128  # tokens between two probes, doubled after each that fails
 _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
 _CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt, and how much more seldom that is
 _OPENING = 1  # rounds of the very first text in which the draft is asked even if that is not expected to pay
-_LOOK_AGAIN = 8  # rounds after which costs are looked up again
-_RECONSIDER = 4  # rounds without the draft after which it is weighed again: planning takes time, too
+_LOOK_AGAIN = 16  # rounds after which costs are looked up again
+_RECONSIDER = 4  # rounds in which the context drafts after which the draft is weighed again; four times as many else
 _FADE = 0.97  # of what was counted of the context's stretches
 _ENOUGH_ASTRAY, _AHEAD = 8, 2  # tokens beside them before that counts; how far ahead a drafted token stands
 _ALONE, _GLANCE = Plan(1, 0, 1, draft=False), Plan(2, 0, 1)
@@ -97,6 +97,7 @@ class AutoController:
         self._led = deque[bool](maxlen=LOOK_BACK)  # of the newest tokens: whether the context led to them
         self._last: Choice | None = None
         self._drafting, self._since_draft = True, 0
+        self._pays = True  # whether the draft was worth more than a plain step when it was weighed last
         self._probe_every, self._since_probe = _PROBE_EVERY, 0
         self._spent = self._elapsed = 0.0
         self._context = self._asked = 0
@@ -116,25 +117,36 @@ class AutoController:
         free = self._without_draft(offer, context)
         if not self._shapes:
             return self._decide(free, "the best without a draft", free.mode)
-        if not (
-            self._drafting or self.mode == "probe" or self._asked < self._opening or self._rounds % _RECONSIDER == 0
-        ):
+        if not self._is_due(free):
             return self._decide(free, "the draft did not pay lately", free.mode)
         drafted = self._with_draft(remaining, offer, context, waiting)
         if self._wants_plain(max(drafted.rate, free.rate)):
-            return self._decide(self._plain(context), "to know what a plain step costs", "plain", self._drafting)
+            return self._decide(
+                self._plain(context), "to know what a plain step costs", "plain", drafting=self._drafting
+            )
         pace = self._pace_beyond(max(drafted.rate, free.rate))
         if pace:
             drafted = self._with_draft(remaining, offer, context, waiting, pace)
         margin = _STAY if self._drafting else 1 / _STAY
-        if drafted.tokens * margin - free.tokens > (pace or free.rate) * (drafted.ms - free.ms):
-            return self._decide(drafted, f"better than {free}", drafted.mode)
+        better = drafted.tokens * margin - free.tokens > (pace or free.rate) * (drafted.ms - free.ms)
+        if free.plan.nodes == 1:
+            self._pays = better
+        if better:
+            return self._decide(drafted, "better than", drafted.mode, free)
         if self._asked < self._opening and free.plan.nodes == 1:
             return self._decide(drafted, "to see what the draft is worth here", drafted.mode)
         probe = self._probe(remaining, offer, context, waiting)
         if probe is not None and free.plan.nodes == 1:
-            return self._decide(probe, f"to see whether the draft pays again; otherwise {free}", "probe")
-        return self._decide(free, f"better than {drafted}", free.mode)
+            return self._decide(probe, "to see whether the draft pays again; otherwise", "probe", free)
+        return self._decide(free, "better than", free.mode, drafted)
+
+    def _is_due(self, free: Choice) -> bool:
+        """Tell whether the draft is to be weighed: that takes time, and nothing new is known while it is not asked."""
+        if self._drafting or self.mode == "probe" or self._asked < self._opening:
+            return True
+        if self._pays and (free.plan.nodes == 1 or self._rounds % _RECONSIDER == 0):
+            return True
+        return self._since_probe >= self._probe_every or self._rounds % (4 * _RECONSIDER) == 0
 
     def learn(self, done: Round) -> str:
         """Take note of cost and acceptance."""
@@ -144,8 +156,9 @@ class AutoController:
     def _note(self, done: Round) -> None:
         choice, costs = self._last, self.costs
         assert choice is not None
-        led = list(self._led)[-len(done.foreseen) :]
-        self._led.extend([source_of(code) == "context" for code in done.path] + [False])
+        led = list(self._led)[-len(done.foreseen) :] if done.foreseen else []
+        self._led.extend(source_of(code) == "context" for code in done.path)
+        self._led.append(False)
         self._elapsed += done.ms + done.refresh_ms
         self._follow(done)
         self._since_plain = 0 if choice.shape == PLAIN else self._since_plain + 1
@@ -198,8 +211,11 @@ class AutoController:
         if done.path and not done.foreseen:
             self._probe_every = 0  # once may be chance
 
-    def _decide(self, choice: Choice, why: str, mode: str, drafting: bool | None = None) -> Plan:
+    def _decide(
+        self, choice: Choice, why: str, mode: str, other: Choice | None = None, drafting: bool | None = None
+    ) -> Plan:
         if self.explain is not None and (mode != self.mode or self._last is None):
+            why = why if other is None else f"{why} {other}"
             self.explain.append(f"after {self._context} tokens {mode}: {choice}; {why}")
         self.mode, self._last = mode, choice
         if drafting is None:
@@ -227,7 +243,7 @@ class AutoController:
 
     def _ms(self, shape: Shape, context: int) -> float:
         """Return the cost of a shape, looked up again every few rounds."""
-        if self._rounds < 4 * _LOOK_AGAIN:
+        if self._rounds < 2 * _LOOK_AGAIN:
             return self.costs.ms(shape, context)
         if shape not in self._known:
             self._known[shape] = self.costs.ms(shape, context) / self.costs.pace

@@ -3,12 +3,39 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from specx.acceptance import Walk
 from specx.config import CacheConfig
 from specx.hf import Output
 from specx.tree import DraftTree, Plan
+
+
+class TokenIds:
+    """All token ids of a request, taken in constant time each and moved to the draft's device when they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._ids, self._new = torch.empty(0, dtype=torch.long, device=device), list[int]()
+
+    def __len__(self) -> int:
+        return len(self._ids) + len(self._new)
+
+    def start(self, ids: Tensor) -> None:
+        """Take a prompt, int64 [L], in place of all."""
+        self._ids = ids.to(self._ids.device)
+        self._new.clear()
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Take the next tokens."""
+        self._new.extend(tokens)
+
+    def all(self) -> Tensor:
+        """Return them, int64 [n]."""
+        if self._new:
+            self._ids = torch.cat([self._ids, torch.tensor(self._new, dtype=torch.long, device=self._ids.device)])
+            self._new.clear()
+        return self._ids
 
 
 class Draft(Protocol):

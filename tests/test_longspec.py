@@ -135,7 +135,7 @@ class TestWhatItReads:
         _, target, draft = grown(model, 40, keep=torch.tensor([0, 3, 4, 30]))
         assert (draft.cached, draft.waiting) == (4, 1)
         target.cache.extend(3)
-        draft._append([1, 2, 3])
+        draft._ids.append([1, 2, 3])
         assert draft.cached == 7
         keys = torch.cat([part[0] for part in draft._context()], 2)
         whole = target.last_layer()[0]
@@ -151,7 +151,7 @@ class TestWhatItReads:
         draft.attach(target.last_layer)
         target.prefill(ids)
         draft.prefill(ids[:5], None)
-        draft._append([*ids[5:].tolist(), 7])
+        draft._ids.append([*ids[5:].tolist(), 7])
         assert torch.equal(draft.propose(Plan(12, 3, 3)).scores, tree.scores)
 
 

@@ -413,7 +413,7 @@ class Ledger:
     def skip(self, rng: random.Random) -> None:
         """A round without a draft."""
         self.draft.accept(Walk((0,), (rng.randrange(64),), 0))
-        self.tokens.append(int(self.draft._ids[-1]))
+        self.tokens.append(int(self.draft._ids.all()[-1]))
         self.check()
 
     def refresh(self, keep: list[int]) -> None:
@@ -469,7 +469,7 @@ def test_a_switch_in_mid_generation(tiny, prompt_of, store, monkeypatch):
         assert draft.store is not None
         assert draft.store.on_device == (store == "device")
         assert draft.cached + draft.waiting == len(keep) + 1
-        assert_rows_are(draft.model, draft.cache, draft._ids[keep[: draft.cached]])
+        assert_rows_are(draft.model, draft.cache, draft._ids.all()[keep[: draft.cached]])
 
     monkeypatch.setattr(ClassicDraft, "refresh", checked)
     options = {"policy": "auto", "refill": "gather", "store": store, "chunk_size": 8, "retrieve_every": 3, "recent": 48}
