@@ -15,6 +15,7 @@ from specx.controller import Round
 from specx.experience import Experience
 from specx.static import BUCKETS
 from specx.step_costs import PLAIN, Shape
+from specx.stretches import Stretches
 from specx.tree import FEW, LOOK_BACK, Plan
 from specx.worth import DraftWorth
 
@@ -29,10 +30,8 @@ _CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt
 _OPENING = 1  # rounds of the very first text in which the draft is asked even if that is not expected to pay
 _LOOK_AGAIN = 16  # rounds after which costs are looked up again
 _RECONSIDER = 4  # rounds in which the context drafts after which the draft is weighed again; four times as many else
-_FADE = 0.97  # of what was counted of the context's stretches
-_ENOUGH_ASTRAY, _AHEAD = 8, 2  # tokens beside them before that counts; how far ahead a drafted token stands
 _ALONE, _GLANCE = Plan(1, 0, 1, draft=False), Plan(2, 0, 1)
-GLANCE = Shape(1, 2)
+GLANCE = Shape(1, 2)  # enough to hear what the draft would have guessed
 
 
 @dataclass(slots=True)
@@ -102,9 +101,7 @@ class AutoController:
         self._spent = self._elapsed = 0.0
         self._context = self._asked = 0
         self._plain_every, self._since_plain = _PLAIN_EVERY, 0
-        # Of late: tokens to which the context did not lead, how often it began to; tokens and their ms where it did.
-        self._astray, self._entered, self._was_led = 0.0, 0.0, False
-        self._led_pace: tuple[float, ...] = 0.0, 0.0
+        self._stretches = Stretches()
 
     def plan(self, remaining: int, offer: Branches | None, context: int, waiting: int) -> Plan:
         """Return the most promising plan, or one that finds something out."""
@@ -124,7 +121,7 @@ class AutoController:
             return self._decide(
                 self._plain(context), "to know what a plain step costs", "plain", drafting=self._drafting
             )
-        pace = self._pace_beyond(max(drafted.rate, free.rate))
+        pace = self._stretches.pace_beyond(max(drafted.rate, free.rate))
         if pace:
             drafted = self._with_draft(remaining, offer, context, waiting, pace)
         margin = _STAY if self._drafting else 1 / _STAY
@@ -160,7 +157,7 @@ class AutoController:
         self._led.extend(source_of(code) == "context" for code in done.path)
         self._led.append(False)
         self._elapsed += done.ms + done.refresh_ms
-        self._follow(done)
+        self._stretches.learn(done)
         self._since_plain = 0 if choice.shape == PLAIN else self._since_plain + 1
         shape = choice.shape
         if done.nodes <= shape.nodes // 2 and not shape.levels:
@@ -181,35 +178,24 @@ class AutoController:
         if self._since_draft:
             self.worth.forget(self._since_draft)
             self._since_draft = 0
-        if done.foreseen:
-            self.worth.foresee([rank for rank, known in zip(done.foreseen, led, strict=False) if not known])
+        told = [rank for rank, known in zip(done.foreseen, led, strict=False) if not known]
+        self.worth.foresee(told)
         self.worth.learn(choice.plan, done.path)
         self._asked += 1
         if self.mode == "probe":
-            self._after_probe(done)
+            self._after_probe(done, len(told))
         else:
             self._probe_every, self._since_probe = max(_PROBE_EVERY, self._probe_every // 2), 0
 
-    def _follow(self, done: Round) -> None:
-        """Count how often the context begins to lead, and how fast it does."""
-        led = bool(done.path) and source_of(done.path[0]) != "draft"
-        if led:
-            self._entered += not self._was_led
-            self._led_pace = tuple(
-                _FADE * before + new for before, new in zip(self._led_pace, (done.emitted, done.ms), strict=True)
-            )
-        else:
-            self._entered *= _FADE**done.emitted
-            self._astray = self._astray * _FADE**done.emitted + done.emitted
-        self._was_led = led
-
-    def _after_probe(self, done: Round) -> None:
+    def _after_probe(self, done: Round, told: int) -> None:
+        """Ask more rarely from now on, unless it told little: one tree may be chance."""
         plain = self.costs.ms(PLAIN, done.context)
         self._spent = max(0.0, self._spent + done.ms + done.refresh_ms - done.emitted * plain)
         self._since_probe = 0
-        self._probe_every = min(max(2 * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
-        if done.path and not done.foreseen:
-            self._probe_every = 0  # once may be chance
+        if done.path and told < FEW:
+            self._probe_every = 0
+        elif told >= FEW or not done.foreseen:
+            self._probe_every = min(max(2 * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
 
     def _decide(
         self, choice: Choice, why: str, mode: str, other: Choice | None = None, drafting: bool | None = None
@@ -264,18 +250,6 @@ class AutoController:
             if count == limit:
                 break
         return best
-
-    def _pace_beyond(self, best: float) -> float:
-        """Return how fast tokens are expected from here on, in tokens a millisecond; 0.0: no faster than `best`, now.
-
-        A tree that is drafted between two stretches to which the context leads runs into the next one, whose tokens
-        would have come faster. So what it is worth is not what it saves of plain steps.
-        """
-        tokens, ms = self._led_pace
-        if not ms or tokens / ms <= best or self._astray < _ENOUGH_ASTRAY:
-            return 0.0
-        led = 1 - (1 - min(1.0, self._entered / self._astray)) ** _AHEAD
-        return 1 / ((1 - led) / best + led * ms / tokens)
 
     def _with_draft(
         self, remaining: int, offer: Branches | None, context: int, waiting: int, pace: float = 0.0

@@ -42,7 +42,7 @@ PLAIN = Shape(0, 1)
 
 @dataclass(slots=True)
 class _Recent:
-    """The newest rounds of a shape, while it is in use: `anchor` is what they would take at a pace of 1."""
+    """The newest rounds of a shape at a length, while it is in use: `anchor` is what they would take at a pace of 1."""
 
     raw: deque[float] = field(default_factory=lambda: deque(maxlen=_MANY))
     anchor: float | None = None
@@ -65,7 +65,7 @@ class StepCosts:
         self._typical: dict[Shape, dict[int, float]] = {}
         self._warm: set[Shape] = set()
         self.pace, self._rounds = 1.0, 0
-        self._recent: dict[Shape, _Recent] = {}
+        self._recent: dict[tuple[Shape, int], _Recent] = {}
         self._refresh = 0.0  # mean milliseconds of rebuilding the draft's cache, a round with the draft
         self._late: deque[tuple[int, float]] = deque(maxlen=_SAMPLES)  # tokens that waited, milliseconds they took
 
@@ -77,18 +77,20 @@ class StepCosts:
         place = bucket_of(context)
         samples = self._samples.setdefault(shape, {}).setdefault(place, deque(maxlen=_SAMPLES))
         samples.append(ms / self.pace)
-        self._follow(shape, ms, samples)
+        self._follow((shape, place), ms, samples)
         if len(samples) >= _ENOUGH:
             self._typical.setdefault(shape, {})[place] = _typical(samples)
 
-    def _follow(self, shape: Shape, ms: float, samples: deque[float]) -> None:
+    def _follow(self, kind: tuple[Shape, int], ms: float, samples: deque[float]) -> None:
         """Notice when the whole machine has become slower or faster, by a shape that goes on being measured.
+
+        At one length of the context: a longer one makes a shape dearer, not the machine slower.
 
         Costs are kept as they would be at a pace of 1, or a shape in use would seem dear beside one that was measured
         when nothing else ran.
         """
         self._rounds += 1
-        recent = self._recent.setdefault(shape, _Recent())
+        recent = self._recent.setdefault(kind, _Recent())
         if self._rounds - recent.last > _GAP:
             recent.raw.clear()
             recent.anchor = None

@@ -86,6 +86,8 @@ class DraftWorth:
 
     def foresee(self, ranks: Sequence[int]) -> None:
         """Count tokens that were emitted without the draft, by the rank, from 0, that it would have given each."""
+        if not ranks:
+            return
         if self._usual is not None:
             self._usual.foresee(ranks)
         keep = self._keep**0.5  # they are all of one moment, and twice as many tell no more

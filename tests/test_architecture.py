@@ -38,7 +38,7 @@ LAYERS = [
     {"step_costs", "store", "generation", "sources"},
     {"worth", "draft_cache"},
     {"experience"},
-    {"controller", "auto_controller"},
+    {"controller", "stretches", "auto_controller"},
     {"decoding"},
     {"data"},
     {"adapters"},

@@ -19,6 +19,7 @@ from specx.controller import Round
 from specx.experience import Experience
 from specx.lookup import Lookup
 from specx.step_costs import PLAIN, Shape, StepCosts, bucket_of
+from specx.stretches import Stretches
 from specx.tree import FEW, FORESEEN, LOOK_BACK, Plan
 
 TREE = TreeConfig()
@@ -292,6 +293,28 @@ def test_the_context_alone_where_it_leads():
     assert modes.get("tree", 0) + modes.get("chain", 0) > 0.8 * sum(modes.values())
 
 
+def test_a_draft_between_stretches_of_the_context_is_worth_less():
+    """Tokens that the next stretch would have given anyway save no plain step."""
+    stretches = Stretches()
+
+    def learn(emitted: int, path: list[int]) -> None:
+        stretches.learn(Round(Plan(16, 0, 1), 16, path, emitted, 10.0, 0.0, 2000, 1, True))
+
+    for _ in range(20):
+        learn(1, [])
+    assert stretches.pace_beyond(0.1) == 0.0, "there is none"
+    for _ in range(20):
+        learn(8, [match_code(9, True)] * 7)
+        for _ in range(4):
+            learn(1, [])
+    often = stretches.pace_beyond(0.1)
+    assert 0.1 < often < 0.8, "between the plain pace and that of the stretches"
+    for _ in range(40):
+        learn(1, [])
+    assert stretches.pace_beyond(0.1) - 0.1 < 0.4 * (often - 0.1), "they became rare"
+    assert stretches.pace_beyond(0.9) == 0.0, "they are slower than this"
+
+
 def test_catching_up_is_counted():
     """A draft that pays by itself is not called back for a visit when what waits costs more than it gives."""
     before = Experience()
@@ -350,6 +373,20 @@ def test_a_machine_that_slows_down_changes_no_choice():
     for _ in range(12):
         costs.add(tree, 2000, 60.0)
     assert costs.ms(tree, 2000) == pytest.approx(60.0), "a shape that itself became dearer is measured anew"
+
+
+def test_a_longer_context_is_not_a_slower_machine():
+    """Requests of any length follow one another; what a long one takes says nothing of the machine."""
+    costs, tree = StepCosts(), Shape(4, 16, 4)
+    for _ in range(10):
+        costs.add(tree, 500, 20.0)
+    for _ in range(6):
+        for context, ms in ((500, 10.0), (2000, 11.0), (8000, 16.0), (16_000, 25.0)):
+            for _ in range(20):
+                costs.add(PLAIN, context, ms)
+            assert costs.ms(PLAIN, context) == pytest.approx(ms)
+            assert costs.pace == pytest.approx(1.0)
+    assert costs.ms(tree, 500) == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize("seed", range(5))
