@@ -154,7 +154,7 @@ class ClassicDraft:
             out = self.model.forward(tokens, positions, self.cache, mask=mask, tail_positions=tail)
             return out.logits[:, : self.vocab]
 
-        self._tree = grow(int(fed[-1]), logits[-1], expand, plan)
+        self._tree = grow(self._ids.newest, logits[-1], expand, plan)
         return self._tree
 
     def accept(self, walk: Walk, step: Output | None = None) -> None:

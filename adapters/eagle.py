@@ -22,6 +22,8 @@ from specx.packed import steady_rows
 from specx.store import KeyValueStore, rows_in_place
 from specx.tree import FEW, LOOK_BACK, DraftTree, Plan, grow, ranks_of
 
+_UNFUSED = 128  # rounds whose features are kept as they are: they are larger than states
+
 
 class EagleModel:
     """An EAGLE head as a draft.
@@ -105,10 +107,8 @@ class EagleDraft:
         self.foreseen: Sequence[int] = ()
         self._features: list[Tensor] = []  # of those behind them, which have no states yet
         self._fed = 0  # entries computed: in the cache, or dropped from it
-        self._held, self._since = (
-            self._ids.all(),
-            0,
-        )  # entries cached at the last rebuild, and how many were computed by then
+        # Entries cached at the last rebuild, and how many were computed by then.
+        self._held, self._since = self._ids.all(), 0
 
     @property
     def cached(self) -> int:
@@ -196,7 +196,7 @@ class EagleDraft:
         logits = self.head.logits(out.read[-LOOK_BACK if len(fed) > FEW else -1 :])
         known, vocabulary = len(logits) - 1, self.model.vocabulary
         self.foreseen = ranks_of(logits[:known], fed[len(fed) - known :], vocabulary) if known else []
-        return grow(int(fed[-1]), logits[-1], expand, plan, vocabulary)
+        return grow(self._ids.newest, logits[-1], expand, plan, vocabulary)
 
     @torch.no_grad()
     def accept(self, walk: Walk, step: Output) -> None:
@@ -204,6 +204,8 @@ class EagleDraft:
         self.cache.rollback()
         self._features.append(self.model.features(step, walk.path))
         self._ids.append(walk.tokens)
+        if len(self._features) == _UNFUSED:
+            self._fuse()
 
     def _fuse(self) -> None:
         """Turn features into states, as late as possible: of many tokens at once that costs hardly more than of one."""

@@ -199,7 +199,7 @@ class LongSpecDraft:
 
         newest = self._ids.all()[-1:]
         logits = self._run(newest, root, self._root_attention(root), context)
-        return grow(int(newest), logits[0], expand, plan, self.model.vocabulary)
+        return grow(self._ids.newest, logits[0], expand, plan, self.model.vocabulary)
 
     def accept(self, walk: Walk, step: Output) -> None:
         """Take the emitted tokens; the tree's keys are forgotten."""

@@ -13,10 +13,15 @@ from specx.tree import DraftTree, Plan
 
 
 class TokenIds:
-    """All token ids of a request, taken in constant time each and moved to the draft's device when they are read."""
+    """All token ids of a request, taken in constant time each and moved to the draft's device when they are read.
+
+    Attributes:
+        newest: The one taken last.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._ids, self._new = torch.empty(0, dtype=torch.long, device=device), list[int]()
+        self.newest = -1
 
     def __len__(self) -> int:
         return len(self._ids) + len(self._new)
@@ -27,8 +32,9 @@ class TokenIds:
         self._new.clear()
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Take the next tokens."""
+        """Take the next tokens, at least one."""
         self._new.extend(tokens)
+        self.newest = tokens[-1]
 
     def all(self) -> Tensor:
         """Return them, int64 [n]."""
