@@ -14,11 +14,11 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from specx.config import SamplingConfig, Settings
 from specx.decoding import decode
 from specx.draft import DraftModel
+from specx.experience import Experience
 from specx.generation import Generation, Piece
 from specx.hf import HFModel
 from specx.hf_config import positions_of
 from specx.sampling import TokenChooser
-from specx.step_costs import StepCosts
 
 _GREEDY = 1e-5  # temperatures up to here are greedy for EAGLE
 _STREAMED = 1024  # new tokens after which the released ea_generate ends, which is told no number
@@ -43,7 +43,7 @@ class Calls:
         self.ea_model, self.engine, self.draft = ea_model, engine, draft
         self.settings, self.given = settings, given
         self.last: Generation | None = None
-        self._costs = StepCosts()
+        self._experience = Experience()
 
     def start(
         self,
@@ -72,7 +72,7 @@ class Calls:
         settings = self.settings.override(**own, max_new_tokens=min(wanted, left))
         stop = self._ends(ends)
         out = self.last = Generation(len(ids))
-        how: dict[str, Any] = {"chooser": self._chooser(*sampled), "costs": self._costs}
+        how: dict[str, Any] = {"chooser": self._chooser(*sampled), "experience": self._experience}
         return out, decode(self.engine, self.draft, ids, settings, out, stop.__contains__, **how)
 
     def whole(self, input_ids: Tensor, started: tuple[Generation, Steps]) -> Tensor:

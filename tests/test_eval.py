@@ -325,7 +325,7 @@ class TestSpeed:
         fake, prompts = Fake(tiny_pair, "abc"), prompts_of(90, 30, 40, 50)
         rows = list(speed.measure(tiny_pair, prompts, fake.methods, 6))
         warm, runs = fake.calls[:3], fake.calls[3:]
-        assert [(name, new) for name, _, new in warm] == [("a", 8), ("b", 8), ("c", 8)]
+        assert [(name, new) for name, _, new in warm] == [("a", 64), ("b", 64), ("c", 64)]
         assert all(torch.equal(ids, prompts[0].ids[-64:]) for _, ids, _ in warm)
         assert "".join(name for name, _, _ in runs) == "abcbcacababc"
         for place, (_, ids, new) in enumerate(runs):

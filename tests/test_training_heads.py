@@ -28,7 +28,7 @@ def made(version, tmp_path, vocabulary=None):
     found = []
     Target(engine, 32, taps=model.taps).prefill(TOKENS[:-1], found.append)
     wanted = target(TOKENS[None, :-1]).logits[0, 1:].softmax(-1)
-    return head, model, model.states(found[0])[:-1], wanted
+    return head, model, model.states(model.features(found[0]))[:-1], wanted
 
 
 def steps_of(model: EagleModel, states: torch.Tensor, unrolled: int) -> list[tuple[torch.Tensor, ...]]:
@@ -84,7 +84,7 @@ def test_eagle1_is_trained_on_what_the_adapter_computes(tmp_path, monkeypatch):
     ((own, logits),) = steps_of(model, states, 1)
     engine, found = HFModel(head.target_of[0]), []
     Target(engine, 32, taps=model.taps).prefill(TOKENS[:-1], found.append)
-    near = F.smooth_l1_loss(own, model.states(found[0])[1:])
+    near = F.smooth_l1_loss(own, model.states(model.features(found[0]))[1:])
     torch.testing.assert_close(
         head.loss(TOKENS[None]), near + 0.1 * F.cross_entropy(logits, wanted), atol=1e-5, rtol=1e-5
     )
