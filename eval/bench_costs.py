@@ -119,7 +119,7 @@ class CostBench:
 
     def _decode(self, target: Target, ids: Tensor) -> None:
         """Take the times of the loop's rounds after `ids`."""
-        settings = self.model.settings.override(max_new_tokens=_NEW, temperature=0.0)
+        settings = self.model.settings.override(max_new_tokens=_NEW, temperature=0.0, **DRAFT_ALONE)
         out = SyncedGeneration(len(ids))
         rounds: list[tuple[float, float]] = []
         before = 0.0, 0.0

@@ -33,7 +33,7 @@ class Profile:
 
 
 NO_PROFILE = Profile(None, "none")
-_FORMAT = 1
+_FORMAT = 2  # 1: its levels were measured in rounds that did not always ask the draft
 _NOT_COSTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a config; the dtype has its own key
 Key = dict[str, str]
 

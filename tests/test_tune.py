@@ -152,3 +152,15 @@ class TestMeasuring:
 def test_a_live_pair_is_loaded_with_its_profile(tiny, tuned, monkeypatch):
     """Profiles are looked up by what the models are, wherever they come from."""
     assert api.load(tiny, noised(tiny, 0.02)).profile.about == "none"
+
+
+def test_every_measured_round_asks_the_draft(tiny, prompt_of, monkeypatch):
+    """What the context offers must not make a level of the draft's tree look cheap."""
+    model, made = pair(tiny, noised(tiny, 0.02)), []
+    model = api.SpeculativeModel(model.engine, model.draft, None)  # defaults: the controller and the context are on
+    real = bench_costs.SyncedGeneration
+    monkeypatch.setattr(bench_costs, "SyncedGeneration", lambda tokens: made.append(real(tokens)) or made[-1])
+    monkeypatch.setattr(bench_costs, "context_of", lambda model, tokens: prompt_of(8).repeat(20)[:tokens])
+    CostBench(model, [40, 120], 4).measure(lambda: None)
+    assert len(made) == 2
+    assert all(set(out.modes) <= {"tree", "chain"} for out in made)
