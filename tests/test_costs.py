@@ -177,7 +177,7 @@ class TestProfile:
             lambda text: text.replace("17.0", '"17"'),
             lambda text: text.replace("17.0", "-1.0"),
             lambda text: text.replace("17.0", "NaN"),
-            lambda text: text.replace('"format": 2', '"format": 2'),
+            lambda text: text.replace('"format": 2', '"format": 1'),
             lambda text: text.replace('"dtype": "float32"', '"dtype": "float16"'),
             lambda text: text.replace('"verify": [', '"verify": [[],'),
         ],
