@@ -195,11 +195,9 @@ class ClassicDraft:
             chunk = ids[first : first + _CHUNK]
             begin, rows, kept = self.cache.committed, len(chunk), min(keep, len(chunk))
             positions = torch.arange(begin, begin + rows, device=ids.device)
-            more = steady_rows(rows, self.model.dtype, ids.device) - rows
-            if 0 < more <= self.cache.capacity - begin - rows:
+            more = steady_rows(rows, self.cache.capacity - begin, self.model.dtype, ids.device) - rows
+            if more:
                 chunk, positions = F.pad(chunk, (0, more)), F.pad(positions, (0, more), value=begin + rows - 1)
-            else:
-                more = 0
             out = self.model.forward(chunk, positions, self.cache, keep_logits=kept + more, context=context)
             logits = out.logits[:kept, : self.vocab]
             self.cache.commit(range(rows))

@@ -241,9 +241,7 @@ class EagleDraft:
     def _feed(self, ids: Tensor, states: Tensor) -> HeadOutput:
         """Run the next entries and commit them."""
         first, rows = self.cache.committed, len(ids)
-        run = steady_rows(rows, states.dtype, states.device)
-        if run > self.cache.capacity - first:
-            run = rows
+        run = steady_rows(rows, self.cache.capacity - first, states.dtype, states.device)
         if run > rows:
             ids, states = F.pad(ids, (0, run - rows)), F.pad(states, (0, 0, 0, run - rows))
         positions = torch.arange(first, first + run, device=self.head.device)

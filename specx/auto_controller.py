@@ -31,7 +31,7 @@ _OPENING = 1  # rounds of the very first text in which the draft is asked even i
 _LOOK_AGAIN = 16  # rounds after which costs are looked up again
 _RECONSIDER = 4  # rounds in which the context drafts after which the draft is weighed again; four times as many else
 _ALONE, _GLANCE = Plan(1, 0, 1, draft=False), Plan(2, 0, 1)
-GLANCE = Shape(1, 2)  # enough to hear what the draft would have guessed
+_LEAST = Shape(1, 2)  # enough to hear what the draft would have guessed
 
 
 @dataclass(slots=True)
@@ -294,7 +294,7 @@ class AutoController:
             return None
         late = self.costs.catch_up_ms(waiting - FEW, context)
         if waiting > FEW:  # what it would have guessed of those tokens tells more than any tree
-            probe = Choice(_GLANCE, GLANCE, 1.0, self._ms(GLANCE, context) + late)
+            probe = Choice(_GLANCE, _LEAST, 1.0, self._ms(_LEAST, context) + late)
         else:
             probe = self._drafted(0, remaining, offer, context, late)
         plain = self._ms(PLAIN, context)

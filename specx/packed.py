@@ -16,14 +16,15 @@ COPY_BYTES = 1 << 30  # what a copy may take unless it is asked for
 _ROWS = 256  # above, the work outweighs the layout, and that for one row is the wrong one
 
 
-def steady_rows(rows: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many rows a forward of `rows` should run, the last ones for nothing, where few sizes pay.
+def steady_rows(rows: int, room: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many rows, at most `room`, a forward of `rows` should run, the last ones for nothing.
 
     For every number of rows that is new to it, oneDNN compiles each bfloat16 product: 0.5 ms, many times a small one.
     """
     if device.type != "cpu" or dtype != torch.bfloat16 or not 8 < rows <= _ROWS:
         return rows
-    return -(-rows // 16) * 16
+    more = -(-rows // 16) * 16
+    return more if more <= room else rows
 
 
 class PackedLinears:

@@ -35,8 +35,9 @@ class DraftWorth:
             family: 1 if family[1] == 1 else min(family[1], max(1, round(family[0] / levels))) for family in families
         }
         self._usual, self._keep = usual, fade
-        self._rates = {family: self._rates_of(family) for family in families}
-        self._expected = {family: list(accumulate(accumulate(self._rates[family], mul))) for family in families}
+        self._rates: dict[Family, list[float]] = {}
+        self._expected: dict[Family, list[float]] = {}
+        self._update()
 
     @property
     def seen(self) -> float:
@@ -90,7 +91,7 @@ class DraftWorth:
             return
         if self._usual is not None:
             self._usual.foresee(ranks)
-        keep = self._keep**0.5  # they are all of one moment, and twice as many tell no more
+        keep = self._keep**0.5  # all are of one moment: they fade half as fast as rounds
         weights = [keep**age for age in range(len(ranks) - 1, -1, -1)]
         for family, width in self._widths.items():
             self._fade(family, keep ** len(ranks))

@@ -88,8 +88,9 @@ def test_an_enhanced_model_uses_it_and_stays_itself_outside():
 
 def test_few_sizes_for_products_that_are_compiled():
     cpu = torch.device("cpu")
-    sizes = {steady_rows(rows, torch.bfloat16, cpu) for rows in range(9, 257)}
+    sizes = {steady_rows(rows, 999, torch.bfloat16, cpu) for rows in range(9, 257)}
     assert sizes == set(range(16, 257, 16))
-    assert all(steady_rows(rows, torch.bfloat16, cpu) >= rows for rows in range(1, 400))
-    assert [steady_rows(rows, torch.bfloat16, cpu) for rows in (1, 8, 16, 300)] == [1, 8, 16, 300]
-    assert steady_rows(23, torch.float32, cpu) == steady_rows(23, torch.bfloat16, torch.device("cuda")) == 23
+    assert all(steady_rows(rows, 999, torch.bfloat16, cpu) >= rows for rows in range(1, 400))
+    assert [steady_rows(rows, 999, torch.bfloat16, cpu) for rows in (1, 8, 16, 300)] == [1, 8, 16, 300]
+    assert steady_rows(23, 999, torch.float32, cpu) == steady_rows(23, 999, torch.bfloat16, torch.device("cuda")) == 23
+    assert steady_rows(23, 31, torch.bfloat16, cpu) == 23, "no room for the others"
