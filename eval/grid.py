@@ -7,7 +7,9 @@ differs is how many of them the draft and the context foresee, and what that tak
 
 import math
 import os
+import statistics
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,9 +33,15 @@ KINDS: tuple[Kind, ...] = ("ordinary", "recurrence")
 
 
 def measure(
-    model: SpeculativeModel, documents: list[Document], contexts: list[int], samples: int, new: int, fixed: str
+    model: SpeculativeModel,
+    documents: list[Document],
+    contexts: list[int],
+    samples: int,
+    new: int,
+    fixed: str,
+    repeats: int = 1,
 ) -> Iterator[Row]:
-    """Yield a row for every kind of place, place, length and setting.
+    """Yield a row for every kind of place, place, length, repetition and setting.
 
     The first place of all, at the shortest length, is run once more beforehand and not counted.
 
@@ -41,6 +49,7 @@ def measure(
         samples: Places a kind.
         new: Tokens written after each.
         fixed: Methods (`eval.methods`) of ours to compare with.
+        repeats: How often the settings take turns at a place; their medians count.
 
     Raises:
         ValueError: If no document is long enough.
@@ -51,25 +60,30 @@ def measure(
     warm = False
     for kind in KINDS:
         for number, span in enumerate(choose_spans(documents, samples, max(contexts), new, window, kind)):
-            order = specs[number % len(specs) :] + specs[: number % len(specs)]
+            turns = [
+                specs[turn % len(specs) :] + specs[: turn % len(specs)] for turn in range(number, number + repeats)
+            ]
             for context in contexts:
                 if not warm:
-                    list(_place(model, span, min(contexts), order, experience))
+                    list(_place(model, span, min(contexts), turns[:1], experience))
                     warm = True
-                for row in _place(model, span, context, order, experience):
+                for row in _place(model, span, context, turns, experience):
                     yield {"measure": "grid", "kind": kind} | row
 
 
 def _place(
-    model: SpeculativeModel, span: Span, context: int, specs: list[Spec], experience: dict[str, Experience]
+    model: SpeculativeModel, span: Span, context: int, turns: list[list[Spec]], experience: dict[str, Experience]
 ) -> Iterator[Row]:
-    """Run all settings at one place; the target prefills twice: bare, and with what a draft reads of it."""
+    """Run all settings at one place, turn by turn.
+
+    The target prefills twice: bare, and with what a draft reads of it.
+    """
     ids = span.prompt(context).to(model.engine.device)
     text = torch.cat([ids, span.continuation.to(ids.device)])
     rows, taps = len(text) + 256, model.draft.taps if model.draft else ()
     bare = Target(model.engine, rows)
     whole = Target(model.engine, rows, model.engine.score_layer(), tuple(taps))
-    for spec in specs:
+    for spec in chain(*turns):
         target = bare if spec.name in ("plain", "lookup") else whole
         stats = _run(model, spec, ids, text, target, experience[spec.text]).stats
         yield {
@@ -96,12 +110,13 @@ def _run(
 
 
 def cells(rows: list[Row]) -> list[Row]:
-    """Return for every kind and length the geometric mean of each setting's tokens/s, and ours over the best fixed."""
+    """Return for every kind and length the geometric mean of each setting's tokens/s, and ours over the best fixed.
+
+    A place counts once, with the median of its repetitions.
+    """
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for row in rows:
-        if row["measure"] == "grid":
-            place = found.setdefault((row["kind"], row["context"]), {})
-            place.setdefault(row["method"], []).append(row["decode_tokens_per_second"])
+    for (kind, context, method, *_), rates_of in _by_place(rows).items():
+        found.setdefault((kind, context), {}).setdefault(method, []).append(statistics.median(rates_of))
     table = []
     for (kind, context), methods in found.items():
         rates = {name: math.exp(sum(map(math.log, each)) / len(each)) for name, each in methods.items()}
@@ -115,6 +130,14 @@ def cells(rows: list[Row]) -> list[Row]:
     return table
 
 
+def _by_place(rows: list[Row]) -> dict[tuple[Any, ...], list[float]]:
+    keys, found = ("kind", "context", "method", "document", "position"), dict[tuple[Any, ...], list[float]]()
+    for row in rows:
+        if row["measure"] == "grid":
+            found.setdefault(tuple(row[key] for key in keys), []).append(row["decode_tokens_per_second"])
+    return found
+
+
 def markdown(rows: list[Row]) -> list[str]:
     """Return the table of `cells`."""
     table = cells(rows)
@@ -125,8 +148,8 @@ def markdown(rows: list[Row]) -> list[str]:
     lines = [
         "## The controller and every fixed setting", "",
         "Decode tokens/s along given texts, the documents' own continuations: every setting writes the same tokens. "
-        f"Geometric means. Wanted: specx at least {LEAST} of the cell's best fixed setting; without the context, of "
-        "the best but lookup.", "",
+        f"Geometric means over places of the medians of their turns. Wanted: specx at least {LEAST} of the cell's best "
+        "fixed setting; without the context, of the best but lookup.", "",
         "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1),
     ]  # fmt: skip
     for cell in table:

@@ -22,6 +22,9 @@ _FIXED = "plain,lookup,full,window,retrieval"
 @click.option("--data", default="stdlib", show_default=True, help="stdlib, a JSONL file or a folder of them.")
 @click.option("--lengths", default="2K,8K", show_default=True, help="Prompt lengths.")
 @click.option("--samples", default=2, show_default=True, type=click.IntRange(1), help="Prompts a kind and length.")
+@click.option(
+    "--repeats", default=3, show_default=True, type=click.IntRange(1), help="Turns that a median is taken of."
+)
 @click.option("--new", default=384, show_default=True, type=click.IntRange(16), help="Tokens generated after each.")
 @click.option("--stretch", default=512, show_default=True, type=click.IntRange(64), help="A third of the given text.")
 @click.option("--fixed", default=_FIXED, show_default=True, help="Settings that the grid compares with.")
@@ -60,12 +63,15 @@ def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str]
     lengths = given["lengths"]
     measured = []
     if "adversarial" in wanted:
-        measured.append(measuring.adversarial(model, documents, lengths, given["samples"], given["new"]))
+        measured.append(
+            measuring.adversarial(model, documents, lengths, given["samples"], given["new"], given["repeats"])
+        )
     if "return" in wanted:
         measured.append(measuring.returning(model, documents, lengths[0], given["stretch"]))
     if "grid" in wanted:
-        measured.append(grid.measure(model, documents, lengths, given["samples"], given["new"], given["fixed"]))
-    named = ("target", "draft", "data", "lengths", "samples", "new", "stretch", "fixed", "measure")
+        counts = given["samples"], given["new"], given["fixed"], given["repeats"]
+        measured.append(grid.measure(model, documents, lengths, *counts))
+    named = ("target", "draft", "data", "lengths", "samples", "repeats", "new", "stretch", "fixed", "measure")
     given = given | {"lengths": ",".join(map(length_name, lengths))}
     parts = [f"--{name} {given[name]}" for name in named if given[name] is not None and given[name] != _FIXED]
     command = " ".join(["specx bench controller", *parts])

@@ -26,13 +26,15 @@ def documents():
 
 
 def test_hopeless_prompts(model, documents):
-    rows = list(controller.adversarial(model, documents, [100], 1, 12))
+    rows = list(controller.adversarial(model, documents, [100], 1, 12, repeats=2))
     assert {row["kind"] for row in rows} == set(controller.KINDS)
     assert {row["method"] for row in rows} == {"ar", "ar-static", "plain", "specx"}
     for row in rows:
         assert row["kind"] == "temperature 1.5" or row["same"] or row["margin"] < 1e-4
     table = controller.ratios(rows)
     assert [each["kind"] for each in table] == list(controller.KINDS)
+    assert len(rows) == 8 * len(table)
+    assert all(each["prompts"] == 1 for each in table)
     assert "Hopeless prompts" in controller.markdown({"command": "x"}, rows)
 
 
@@ -74,7 +76,10 @@ def test_ratios_by_hand():
     rows = [
         {"measure": "adversarial", "kind": "k", "context": 8, "prompt": prompt, "method": method,
          "decode_tokens_per_second": rate}
-        for prompt, rates in (("a", (10.0, 20.0, 16.0, 8.0)), ("b", (10.0, 5.0, 10.0, 10.0)))
+        for prompt, rates in (
+            ("a", (10.0, 20.0, 16.0, 8.0)), ("a", (10.0, 20.0, 99.0, 8.0)), ("a", (10.0, 20.0, 1.0, 8.0)),
+            ("b", (10.0, 5.0, 10.0, 10.0)),
+        )
         for method, rate in zip(("ar", "ar-static", "plain", "specx"), rates, strict=True)
     ]  # fmt: skip
     (found,) = controller.ratios(rows)
@@ -85,10 +90,10 @@ def test_ratios_by_hand():
 
 
 def test_every_setting_writes_the_given_text(model, documents):
-    rows = list(grid.measure(model, documents, [40, 300], 2, 30, "plain,lookup,full,window"))
+    rows = list(grid.measure(model, documents, [40, 300], 2, 30, "plain,lookup,full,window", repeats=2))
     assert {row["method"] for row in rows} == {"plain", "lookup", "full", "window", *grid.OURS}
     places = {(row["kind"], row["document"], row["position"], row["context"]) for row in rows}
-    assert len(rows) == 6 * len(places)
+    assert len(rows) == 2 * 6 * len(places)
     for row in rows:
         assert row["decode_tokens_per_second"] > 0
         assert (row["method"] == "plain") <= (row["tau"] == 1.0)
@@ -100,11 +105,22 @@ def test_every_setting_writes_the_given_text(model, documents):
 def test_cells_by_hand():
     rates = {"plain": (1.0, 4.0), "lookup": (8.0, 2.0), "window": (3.0, 3.0), "specx": (4.0, 4.0)}
     rows = [
-        {"measure": "grid", "kind": "ordinary", "context": 9, "method": method, "decode_tokens_per_second": rate}
+        {
+            "measure": "grid",
+            "kind": "ordinary",
+            "context": 9,
+            "method": method,
+            "document": "d",
+            "position": place,
+            "decode_tokens_per_second": rate,
+        }
         for method, pair_of in {**rates, "specx:lookup=0": (2.0, 4.5)}.items()
-        for rate in pair_of
+        for place, rate in enumerate(pair_of)
     ]
-    (cell,) = grid.cells([*rows, {"measure": "return"}])
+    slow = [row | {"decode_tokens_per_second": 0.1} for row in rows[:1]]
+    fast = [row | {"decode_tokens_per_second": 9.0} for row in rows[:1]]
+    (cell,) = grid.cells([*rows, *slow, *fast, {"measure": "return"}])
+    assert cell["n"] == 2
     assert cell["rates"]["plain"] == pytest.approx(2.0)
     assert cell["specx"] == {"best": "lookup", "ratio": pytest.approx(1.0)}
     assert cell["specx:lookup=0"] == {"best": "window", "ratio": pytest.approx(1.0)}
