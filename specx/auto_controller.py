@@ -24,7 +24,8 @@ _SAME = 1.05  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
 _PROBE_SHARE = 0.01  # of all time that may be lost by asking a draft that does not seem to pay
 _PROBE_CREDIT = 4.0  # plain steps' time that may be lost so in any text, so that its first hundred tokens are looked at
-_PROBE_EVERY, _PROBE_AT_MOST = 16, 128  # tokens between two probes, doubled after each that fails
+_PROBE_EVERY, _PROBE_AT_MOST = 16, 128  # tokens beside the context's between two probes
+_SLOWER = 4  # how many times longer after a probe that fails: what the draft foresees of 64 tokens costs no more
 _PLAIN_EVERY, _PLAIN_AT_MOST = 16, 128  # rounds between two plain steps that only tell what one costs
 _CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt, and how much more seldom that is
 _OPENING = 1  # rounds of the very first text in which the draft is asked even if that is not expected to pay
@@ -154,7 +155,8 @@ class AutoController:
         choice, costs = self._last, self.costs
         assert choice is not None
         led = list(self._led)[-len(done.foreseen) :] if done.foreseen else []
-        self._led.extend(source_of(code) == "context" for code in done.path)
+        beside = [source_of(code) != "context" for code in done.path]
+        self._led.extend(not each for each in beside)
         self._led.append(False)
         self._elapsed += done.ms + done.refresh_ms
         self._stretches.learn(done)
@@ -165,7 +167,7 @@ class AutoController:
         if not choice.shape.levels:
             costs.add(shape, done.context, done.ms)
             self._since_draft += done.emitted
-            self._since_probe += done.emitted
+            self._since_probe += sum(beside) + 1
             return
         late = done.waiting - FEW
         if late > 0:
@@ -195,7 +197,7 @@ class AutoController:
         if done.path and told < FEW:
             self._probe_every = 0
         elif told >= FEW or not done.foreseen:
-            self._probe_every = min(max(2 * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
+            self._probe_every = min(max(_SLOWER * self._probe_every, _PROBE_EVERY), _PROBE_AT_MOST)
 
     def _decide(
         self, choice: Choice, why: str, mode: str, other: Choice | None = None, drafting: bool | None = None
@@ -229,7 +231,7 @@ class AutoController:
 
     def _ms(self, shape: Shape, context: int) -> float:
         """Return the cost of a shape, looked up again every few rounds."""
-        if self._rounds < 2 * _LOOK_AGAIN:
+        if self.costs.rounds < 2 * _LOOK_AGAIN:
             return self.costs.ms(shape, context)
         if shape not in self._known:
             self._known[shape] = self.costs.ms(shape, context) / self.costs.pace

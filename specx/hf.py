@@ -362,7 +362,7 @@ class HFModel:
 
         def keep(layer: int) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                features[layer] = (output if isinstance(output, Tensor) else output[0])[0].detach()
+                features[layer] = (output if isinstance(output, Tensor) else output[0])[0]
 
             return hook
 

@@ -57,6 +57,7 @@ class StepCosts:
 
     Attributes:
         pace: Milliseconds now over milliseconds when the first shapes were measured, the same for all of them.
+        rounds: Measured so far.
     """
 
     def __init__(self, prior: CostPrior | None = None) -> None:
@@ -64,7 +65,7 @@ class StepCosts:
         self._samples: dict[Shape, dict[int, deque[float]]] = {}
         self._typical: dict[Shape, dict[int, float]] = {}
         self._warm: set[Shape] = set()
-        self.pace, self._rounds = 1.0, 0
+        self.pace, self.rounds = 1.0, 0
         self._recent: dict[tuple[Shape, int], _Recent] = {}
         self._refresh = 0.0  # mean milliseconds of rebuilding the draft's cache, a round with the draft
         self._late: deque[tuple[int, float]] = deque(maxlen=_SAMPLES)  # tokens that waited, milliseconds they took
@@ -89,12 +90,12 @@ class StepCosts:
         Costs are kept as they would be at a pace of 1, or a shape in use would seem dear beside one that was measured
         when nothing else ran.
         """
-        self._rounds += 1
+        self.rounds += 1
         recent = self._recent.setdefault(kind, _Recent())
-        if self._rounds - recent.last > _GAP:
+        if self.rounds - recent.last > _GAP:
             recent.raw.clear()
             recent.anchor = None
-        recent.last = self._rounds
+        recent.last = self.rounds
         recent.raw.append(ms)
         if len(recent.raw) < _MANY:
             return
