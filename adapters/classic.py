@@ -195,10 +195,12 @@ class ClassicDraft:
             chunk = ids[first : first + _CHUNK]
             begin, rows, kept = self.cache.committed, len(chunk), min(keep, len(chunk))
             positions = torch.arange(begin, begin + rows, device=ids.device)
-            more = steady_rows(rows, self.cache.capacity - begin, self.model.dtype, ids.device) - rows
-            if more:
-                chunk, positions = F.pad(chunk, (0, more)), F.pad(positions, (0, more), value=begin + rows - 1)
-            out = self.model.forward(chunk, positions, self.cache, keep_logits=kept + more, context=context)
-            logits = out.logits[:kept, : self.vocab]
+            run = steady_rows(rows, self.cache.capacity - begin, self.model.dtype, ids.device)
+            if run > rows:
+                chunk = F.pad(chunk, (0, run - rows))
+                positions = F.pad(positions, (0, run - rows), value=begin + rows - 1)
+            read = steady_rows(kept + run - rows, run, self.model.dtype, ids.device)  # of the last rows
+            out = self.model.forward(chunk, positions, self.cache, keep_logits=read, context=context)
+            logits = out.logits[rows - kept - run :, : self.vocab][:kept]
             self.cache.commit(range(rows))
         return logits

@@ -193,7 +193,7 @@ class EagleDraft:
             states = below.states
             return self.head.logits(below.read)
 
-        logits = self.head.logits(out.read[-LOOK_BACK if len(fed) > FEW else -1 :])
+        logits = self._logits(out.read[-LOOK_BACK if len(fed) > FEW else -1 :])
         known, vocabulary = len(logits) - 1, self.model.vocabulary
         self.foreseen = ranks_of(logits[:known], fed[len(fed) - known :], vocabulary) if known else []
         return grow(self._ids.newest, logits[-1], expand, plan, vocabulary)
@@ -206,6 +206,10 @@ class EagleDraft:
         self._ids.append(walk.tokens)
         if len(self._features) == _UNFUSED:
             self._fuse()
+
+    def _logits(self, read: Tensor) -> Tensor:
+        more = steady_rows(len(read), LOOK_BACK, read.dtype, read.device) - len(read)
+        return self.head.logits(F.pad(read, (0, 0, more, 0)) if more else read)[more:]
 
     def _fuse(self) -> None:
         """Turn features into states, as late as possible: of many tokens at once that costs hardly more than of one."""
