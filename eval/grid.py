@@ -7,6 +7,7 @@ differs is how many of them the draft and the context foresee, and what that tak
 
 import math
 import os
+import random
 import statistics
 from collections.abc import Iterator
 from itertools import chain
@@ -60,9 +61,8 @@ def measure(
     warm = False
     for kind in KINDS:
         for number, span in enumerate(choose_spans(documents, samples, max(contexts), new, window, kind)):
-            turns = [
-                specs[turn % len(specs) :] + specs[: turn % len(specs)] for turn in range(number, number + repeats)
-            ]
+            shuffled = random.Random(number)  # in a fixed order each would always follow the same other one
+            turns = [shuffled.sample(specs, len(specs)) for _ in range(repeats)]
             for context in contexts:
                 if not warm:
                     list(_place(model, span, min(contexts), turns[:1], experience))

@@ -322,7 +322,7 @@ class HFModel:
             for config in self._configs:
                 config._attn_implementation = IMPLEMENTATION
             for module in self._attentions:
-                module._specx_call = call
+                module.__dict__["_specx_call"] = call  # a module's own __setattr__ takes longer
             yield
         finally:
             for config, implementation in zip(self._configs, before, strict=True):

@@ -27,6 +27,7 @@ class Sources:
 
     def __init__(self, draft: Draft | None, lookup: Lookup | None, device: torch.device) -> None:
         self.draft, self.lookup, self.device = draft, lookup, device
+        self._reader = draft if isinstance(draft, ReadsTarget) else None
         self.scale = Calibration()
         self._root, self._tree = -1, DraftTree.single(-1)
         self._offer: Branches | None = None
@@ -35,8 +36,8 @@ class Sources:
     @property
     def cached(self) -> int:
         """Committed tokens in the draft's own cache."""
-        if isinstance(self.draft, ReadsTarget):
-            return self.draft.kv_rows
+        if self._reader:
+            return self._reader.kv_rows
         return self.draft.cached if self.draft else 0
 
     @property
