@@ -110,15 +110,15 @@ class Ring:
         self.positions.index_copy_(0, slots, positions)
         self.end = end
 
-    def seen(self, first: Tensor, lowest: int) -> Part:
+    def seen(self, first: Tensor, highest: int) -> Part:
         """Return keys, values and a bias for queries that see positions from `first`, int64 [T], on.
 
         Args:
-            lowest: The least of them.
+            highest: The greatest of them.
         """
         held = self.held
         keys, values = self.keys[:, :, :held], self.values[:, :, :held]
-        if self.end - held >= lowest:
+        if self.end - held >= highest:
             return keys, values, None
         return keys, values, attention.additive(self.positions[:held] >= first[:, None], keys.dtype)
 
@@ -238,26 +238,25 @@ class LongSpecDraft:
 
     def _root_attention(self, root: int) -> OwnAttention:
         """Return attention of the root, whose own keys are in the ring."""
-        lowest = root - WINDOW + 1
-        first = torch.full((1,), lowest, device=self.device)
-        return lambda query, key, value: self.model.attend(query, [self.ring.seen(first, lowest)])
+        first = torch.full((1,), root - WINDOW + 1, device=self.device)
+        return lambda query, key, value: self.model.attend(query, [self.ring.seen(first, root - WINDOW + 1)])
 
     def _level_attention(self, fed: int, root: int, level: int, mask: Tensor, chain: bool) -> OwnAttention:
         """Return attention of one level's nodes, of which `fed` were fed before; `mask` bool [T, fed + T]."""
         rows, width = mask.shape[1], mask.shape[0]
         if self.model.alignment == "reference" and not chain:  # cut by the row, counted from the level's end
-            lowest = root - width - WINDOW + 1
-            first = lowest + torch.arange(width, device=self.device)
+            highest = root - WINDOW
+            first = highest + 1 - width + torch.arange(width, device=self.device)
         else:
-            lowest = root + 1 + level - WINDOW + 1
-            first = torch.full((width,), lowest, device=self.device)
+            highest = root + 1 + level - WINDOW + 1
+            first = torch.full((width,), highest, device=self.device)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             self._reserve(rows)
             for block, new in zip(self.tail, (key, value), strict=True):
                 block[:, :, fed:rows] = new
             tree = attention.additive(mask, query.dtype)
-            past = self.ring.seen(first, lowest)
+            past = self.ring.seen(first, highest)
             return self.model.attend(query, [past, (self.tail[0][:, :, :rows], self.tail[1][:, :, :rows], tree)])
 
         return attend

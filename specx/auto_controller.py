@@ -31,8 +31,8 @@ _CLEAR, _SELDOM = 1.3, 4  # how many times plain decoding's pace is beyond doubt
 _OPENING = 1  # rounds of the very first text in which the draft is asked even if that is not expected to pay
 _LOOK_AGAIN = 16  # rounds after which costs are looked up again
 _RECONSIDER = 4  # rounds in which the context drafts after which the draft is weighed again; four times as many else
-_ALONE, _GLANCE = Plan(1, 0, 1, draft=False), Plan(2, 0, 1)
-_LEAST = Shape(1, 2)  # enough to hear what the draft would have guessed
+_ALONE, _GLANCE = Plan(1, 0, 1, draft=False), Plan(2, 0, 1)  # a glance shows what the draft would have guessed
+_LEAST = Shape(1, 2)
 
 
 @dataclass(slots=True)
@@ -171,9 +171,7 @@ class AutoController:
             return
         late = done.waiting - FEW
         if late > 0:
-            usual = costs.ms(shape, done.context)
-            if costs.known(shape):
-                costs.add_catch_up(late, done.ms + done.refresh_ms - usual)
+            costs.add_catch_up(shape, late, done.context, done.ms + done.refresh_ms)
         else:
             costs.add(shape, done.context, done.ms)
             costs.add_refresh(done.refresh_ms)
@@ -296,7 +294,7 @@ class AutoController:
             return None
         late = self.costs.catch_up_ms(waiting - FEW, context)
         if waiting > FEW:  # what it would have guessed of those tokens tells more than any tree
-            probe = Choice(_GLANCE, _LEAST, 1.0, self._ms(_LEAST, context) + late)
+            probe = Choice(replace(_GLANCE, scale=self.scale), _LEAST, 1.0, self._ms(_LEAST, context) + late)
         else:
             probe = self._drafted(0, remaining, offer, context, late)
         plain = self._ms(PLAIN, context)
@@ -313,11 +311,12 @@ def _draft_shapes(tree: TreeConfig) -> Sequence[Plan]:
     """Return the shapes of the draft's trees to choose from, few, as each may become a CUDA graph; cheapest first."""
     depths = sorted({min(1, tree.depth), tree.depth // 2, tree.depth})
     sizes = sorted({size for size in (tree.nodes // 2, tree.nodes) if size >= 4} | {tree.nodes})
-    chains = [Plan(min(tree.nodes, bucket(depth + 2)), depth, 1) for depth in depths]
+    sized = [(min(tree.nodes, bucket(depth + 2)), depth) for depth in depths]
+    chains = list(dict.fromkeys(Plan(size, min(depth, size - 2), 1) for size, depth in sized if size > 1))
     trees = [
         Plan(size, depth, tree.beam, tree.tree_threshold)
         for depth in depths[-2:]
         for size in sizes
         if tree.beam > 1 and size >= depth + 2
     ]
-    return [plan for plan in (*chains, *trees) if plan.nodes > 1]
+    return [*chains, *trees]

@@ -91,7 +91,7 @@ class Call:
                 masks.append(distance < window if window is not None else torch.ones_like(distance, dtype=torch.bool))
             if part in ("tail", "dense"):
                 distance = self.positions[:, None] - self.tail_positions
-                seen = self.mask if self.mask is not None else distance >= 0
+                seen = self.mask if self.mask is not None else torch.ones_like(distance, dtype=torch.bool).tril()
                 masks.append(seen & (distance < window) if window is not None else seen)
             found = attention.additive(torch.cat(masks, dim=1), like.dtype).to(like.device)
             self._biases[key] = found

@@ -21,7 +21,7 @@ from specx.ranks import Ranks
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What followers are to do: a forward, or, with `score`, the scores of one row of the newest one.
+    """What followers are to do: a forward, or, with `score`, the scores of one row of the cache's newest one.
 
     Attributes:
         cache, capacity: Number of the cache, and its size if it is new.
@@ -72,7 +72,7 @@ class SplitModel(HFModel):
 
     def __init__(self, model: Any, ranks: Ranks, whole_head: bool = False, **options: Any) -> None:
         self._ranks, self._leads, self._whole = ranks, False, dict[str, Any]()
-        self._scored: ScoredRows | None = None
+        self._scored = weakref.WeakKeyDictionary[TreeCache, ScoredRows | None]()  # of each cache's newest forward
         self._gone, self._numbers = list[int](), itertools.count()
         with ranks.together():
             super().__init__(model, graphs=False, **options)
@@ -115,7 +115,7 @@ class SplitModel(HFModel):
         with self._ranks.together():
             self._tell(cache, tensors=host, options=others)
             out = super().forward(ids, positions, cache, **options)
-        self._scored = out.scored
+        self._scored[cache] = out.scored
         return out
 
     def chunk_scores(
@@ -127,11 +127,11 @@ class SplitModel(HFModel):
         chunk_size: int,
         heads: Literal["mean", "max"] = "mean",
     ) -> Tensor:
-        """Score chunks by the heads of all processes; see `HFModel.chunk_scores`. Only of the newest forward."""
+        """Score chunks by the heads of all processes; see `HFModel.chunk_scores`. Only of a cache's newest forward."""
         if not isinstance(cache, _LedCache):
             return self._ranks.combine(super().chunk_scores(cache, layer, scored, node, chunk_size, heads), heads)
-        if scored is not self._scored:
-            raise RuntimeError("a target that several processes hold scores its newest forward only")
+        if scored is not self._scored.get(cache):
+            raise RuntimeError("a target that several processes hold scores a cache's newest forward only")
         options = {"layer": layer, "node": node, "chunk_size": chunk_size, "heads": heads}
         with self._ranks.together():
             self._tell(cache, options=options, score=True)
@@ -153,13 +153,14 @@ class SplitModel(HFModel):
         for change, argument in order.changes:
             getattr(cache, change)(argument)
         if order.score:
-            assert self._scored is not None
-            self.chunk_scores(cache, scored=self._scored, **order.options)
+            scored = self._scored[cache]
+            assert scored is not None
+            self.chunk_scores(cache, scored=scored, **order.options)
             return
         moved: dict[str, Any] = {
             name: None if each is None else each.to(self.device) for name, each in order.tensors.items()
         }
-        self._scored = self.forward(cache=cache, **moved, **order.options).scored
+        self._scored[cache] = self.forward(cache=cache, **moved, **order.options).scored
 
     def _tell(self, cache: _LedCache, **what: Any) -> None:
         self._ranks.tell(_Order(cache.number, cache.capacity, cache.changes, self._gone.copy(), **what))

@@ -47,13 +47,14 @@ class PackedLinears:
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
-        """Let the model compute with the packed weights inside."""
+        """Let the model compute with the packed weights inside, but for layers that somebody has wrapped."""
+        ours = [layer for layer in self._layers if "forward" not in layer.module.__dict__]
         try:
-            for layer in self._layers:
+            for layer in ours:
                 layer.module.__dict__["forward"] = layer.forward
             yield
         finally:
-            for layer in self._layers:
+            for layer in ours:
                 layer.module.__dict__.pop("forward", None)
 
 

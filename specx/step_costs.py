@@ -68,6 +68,7 @@ class StepCosts:
         self.pace, self.rounds = 1.0, 0
         self._recent: dict[tuple[Shape, int], _Recent] = {}
         self._refresh = 0.0  # mean milliseconds of rebuilding the draft's cache, a round with the draft
+        self._fed = set[int]()  # orders of magnitude of the tokens that waited
         self._late: deque[tuple[int, float]] = deque(maxlen=_SAMPLES)  # tokens that waited, milliseconds they took
 
     def add(self, shape: Shape, context: int, ms: float) -> None:
@@ -110,9 +111,15 @@ class StepCosts:
         """Take note of what a round with the draft spent on rebuilding its cache, 0 for most."""
         self._refresh += (ms / self.pace - self._refresh) / 16
 
-    def add_catch_up(self, tokens: int, ms: float) -> None:
-        """Take note of a round that fed the draft `tokens` tokens more than usual and took `ms` longer."""
-        self._late.append((tokens, max(0.0, ms / self.pace)))
+    def add_catch_up(self, shape: Shape, tokens: int, context: int, ms: float) -> None:
+        """Take note of a round of a shape that fed the draft `tokens` tokens more than usual and took `ms`.
+
+        Of each order of magnitude of tokens, the first such round only warms it up.
+        """
+        kind = tokens.bit_length()
+        if kind in self._fed:
+            self._late.append((tokens, max(0.0, ms - self.ms(shape, context)) / self.pace))
+        self._fed.add(kind)
 
     def known(self, shape: Shape) -> bool:
         """Tell whether a shape was measured, at any length."""

@@ -13,9 +13,14 @@ from specx.ranks import Ranks
 
 
 def generated(model: SpeculativeModel, options: dict[str, Any]) -> dict[str, Any]:
-    """One generation, as JSON."""
+    """One generation, as JSON; with `beside`, another one takes turns with it."""
     prompt = torch.randint(1, 64, (300,), generator=torch.Generator().manual_seed(5))
-    out = model.generate(prompt, trace=True, **options)
+    options = dict(options)
+    beside = options.pop("beside", False)
+    out, run = model.start(prompt, trace=True, **options)
+    other = model.start(prompt.flip(0), **options)[1] if beside else iter(())
+    for _ in run:
+        next(other, None)
     kept = [record["kept_chunks"] for record in out.trace or []]
     return {"tokens": out.tokens, "accepted": out.stats["accepted_histogram"], "kept": kept}
 

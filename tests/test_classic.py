@@ -9,7 +9,10 @@ from conftest import pair
 from transformers import MistralConfig, MistralForCausalLM
 
 from specx.acceptance import Walk
+from specx.adapters import classic
+from specx.adapters.classic import ClassicModel
 from specx.config import CacheConfig
+from specx.hf import HFModel
 from specx.tree import Plan
 
 PLAN = Plan(12, 3, 3)
@@ -52,6 +55,22 @@ def test_a_draft_that_is_the_target_is_accepted_whole(tiny, prompt_of, depth):
     out = model.generate(prompt_of(50), max_new_tokens=1 + 3 * (depth + 2), policy="full", beam=1, depth=depth)
     assert out.accepted == {depth + 1: 3}
     assert out.stats["tau"] == depth + 2
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("count", [9, 17, 30])
+def test_rows_that_are_run_for_nothing_change_nothing(tiny, monkeypatch, flash, count):
+    """As in bfloat16 on a CPU, where rows are padded; here in float32."""
+    model = HFModel(tiny, flash_prefill=flash)
+    adapter, tokens = ClassicModel("tiny", model, 64, 128, "the test"), random_tokens(count + 1, 1)
+    trees = []
+    for padded in (False, True):
+        if padded:
+            monkeypatch.setattr(classic, "steady_rows", lambda rows, room, *_: min(-(-rows // 16) * 16, room))
+        draft = prefilled(adapter, tokens)
+        trees.append((draft.propose(PLAN), draft.foreseen))
+    assert_same_tree(trees[0][0], trees[1][0])
+    assert trees[0][1] == trees[1][1]
 
 
 @pytest.mark.parametrize("window", [4, 20])

@@ -174,6 +174,7 @@ class World:
     noise: float = 0.0
     seed: int = 0
     foresees: bool = True
+    rebuild: float = 0.0  # of the draft's cache, when it was not asked for a while
 
     def __post_init__(self) -> None:
         self.rng, self.ms, self.context, self.waiting = random.Random(self.seed), 0.0, 2000, 1
@@ -189,7 +190,7 @@ class World:
             ms, waited = self.plain + self.node * (nodes - 1), self.waiting
             foreseen = []
             if plan.draft and plan.nodes > 1:
-                ms += self.level * (plan.depth + 1) + 0.05 * self.waiting
+                ms += self.level * (plan.depth + 1) + 0.05 * self.waiting + self.rebuild * (self.waiting > FEW)
                 if self.foresees and self.waiting > FEW:
                     foreseen = [self._rank() for _ in range(min(self.waiting, LOOK_BACK) - 1)]
                 self.waiting = 0
@@ -263,6 +264,29 @@ def test_every_text_is_looked_at():
     assert good["tree"] + good.get("chain", 0) > 0.7 * sum(good.values())
 
 
+@pytest.mark.parametrize("rebuild", [100.0, 300.0, 1000.0])
+def test_what_a_look_at_the_draft_costs_is_known_in_the_next_text(rebuild):
+    before, plain = Experience(), 0.0
+    for number in range(12):
+        world = World(accept=0.0, level=4.0, seed=number, rebuild=rebuild)
+        modes = world.run(controller(before), 128)
+        if number >= 6:
+            assert modes.get("tree", 0) + modes.get("chain", 0) <= 4
+            plain += world.ms / (128 * world.plain)
+    assert plain / 6 < 1.03
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4, 6])
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_no_shape_promises_levels_that_it_cannot_hold(nodes, depth):
+    model = AutoController(TreeConfig(nodes=nodes, depth=depth), Calibration(), Experience(), True)
+    assert model._shapes
+    assert all(plan.within(999) == plan and plan.depth <= plan.nodes - 2 for plan, _ in model._shapes)
+    world = World(accept=0.2, level=4.0)
+    world.run(model, 1000)
+    assert world.ms < 1.04 * 1000 * world.plain
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_it_leaves_and_returns(seed):
     world, model = World(accept=0.9, level=2.0, seed=seed), controller()
@@ -324,7 +348,8 @@ def test_catching_up_is_counted():
             costs.add(Shape(levels, nodes, beam), 2000, ms)
     model = controller(before)
     assert model.plan(999, None, 2000, 1).draft
-    costs.add_catch_up(100, 100_000.0)
+    for _ in range(2):
+        costs.add_catch_up(PLAIN, 100, 2000, 100_000.0)
     model = controller(before)
     model._drafting, model._asked = False, 99
     assert not model.plan(999, None, 2000, 5000).draft
@@ -406,9 +431,12 @@ def test_the_cost_of_catching_up_is_not_all_in_the_tokens():
         costs.add(PLAIN, 2000, 10.0)
     assert costs.catch_up_ms(0, 2000) == 0.0
     assert costs.catch_up_ms(100, 2000) == pytest.approx(100 * 0.05)
-    costs.add_catch_up(6, 30.0)  # the cache was rebuilt
+    costs.add_catch_up(PLAIN, 6, 2000, 999.0)
+    assert costs.catch_up_ms(100, 2000) == pytest.approx(100 * 0.05), "the first one may have compiled something"
+    costs.add_catch_up(PLAIN, 6, 2000, 40.0)  # the cache was rebuilt
     assert costs.catch_up_ms(506, 2000) == pytest.approx(30.0 + 500 * 0.05), "not 84 times as much"
-    costs.add_catch_up(400, 90.0)
+    for _ in range(2):
+        costs.add_catch_up(PLAIN, 400, 2000, 100.0)
     assert costs.catch_up_ms(506, 2000) == pytest.approx(90.0 + 106 * 0.05)
     assert costs.catch_up_ms(20, 2000) == pytest.approx(30.0 + 14 * 0.05)
 

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from test_sampling_law import CERTAIN, drawn, exact_law, p_value
 
 from specx import cli
+from specx.adapters.longspec import Ring
 from specx.adapters.longspec_block import WINDOW
 from specx.adapters.longspec_checkpoints import UNUSED, BlockFormat, read_block
 from specx.adapters.longspec_loader import load_longspec
@@ -112,6 +113,16 @@ class TestWhatItReads:
             assert draft.kv_rows == min(length + 1, WINDOW)
             sizes.add((draft.ring.keys.shape, draft.ring.values.shape, draft.tail.shape))
         assert sizes == {((1, GROUPS, WINDOW, HEAD_DIM),) * 2 + ((2, 1, GROUPS, 12, HEAD_DIM),)}
+
+    def test_each_query_sees_the_ring_from_its_own_first_token_on(self):
+        ring = Ring(4, torch.zeros(1, 1, 1, 2))
+        block = torch.arange(12.0).reshape(1, 1, 6, 2)
+        ring.extend(block[:, :, :4], block[:, :, :4], torch.arange(4), 4)
+        ring.extend(block[:, :, 4:], block[:, :, 4:], torch.arange(4, 6), 6)
+        assert ring.positions.tolist() == [4, 5, 2, 3]
+        assert ring.seen(torch.tensor([1, 2]), 2)[2] is None
+        bias = ring.seen(torch.tensor([2, 4]), 4)[2]
+        assert (bias == 0).tolist() == [[True] * 4, [True, True, False, False]]
 
     def test_a_prompt_costs_projections_of_its_last_tokens(self, folder, monkeypatch):
         model, seen = couple(tiny_target(), folder), []

@@ -73,6 +73,19 @@ def test_leaves_a_layer_that_somebody_else_has_wrapped():
     assert "forward" in model[0].__dict__
 
 
+def test_leaves_a_layer_that_is_wrapped_later():
+    model, x = bf16_stack(), torch.zeros(1, 48).bfloat16()
+    layers, calls = PackedLinears(model), []
+    own = model[0].forward
+    model[0].forward = lambda x: calls.append(len(x)) or own(x)
+    with layers.enabled():
+        model(x)
+    assert calls == [1]
+    model(x)
+    assert calls == [1, 1], "the wrapper is still there"
+    assert "forward" not in model[2].__dict__
+
+
 def test_an_enhanced_model_uses_it_and_stays_itself_outside():
     model = tiny_llama(seed=3).to(torch.bfloat16)
     engine, ids = HFModel(model), torch.arange(8)

@@ -53,7 +53,7 @@ def job(tmp_path_factory, disk, specx_command):
         {
             "target": target,
             "draft": saved(noised(llama, 0.02), folder / "draft"),
-            "runs": [GREEDY, GREEDY | {"score_heads": "max"}, SAMPLED],
+            "runs": [GREEDY, GREEDY | {"score_heads": "max", "beside": True}, SAMPLED],
         },
         {"target": other, "draft": saved(noised(qwen, 0.02), folder / "draft3"), "runs": [GREEDY, SAMPLED]},
         {
