@@ -173,7 +173,7 @@ def ratios(rows: list[Row]) -> list[Row]:
     """Return, for each kind and length, specx over plain decoding: of ours, and of the better of Hugging Face's."""
     cells: dict[tuple[str, int], dict[str, dict[str, list[float]]]] = {}
     for row in rows:
-        if row["measure"] == "adversarial":
+        if row["measure"] == "adversarial" and row["decode_tokens_per_second"] is not None:
             prompt = cells.setdefault((row["kind"], row["context"]), {}).setdefault(row["prompt"], {})
             prompt.setdefault(row["method"], []).append(row["decode_tokens_per_second"])
     found = []

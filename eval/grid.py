@@ -21,7 +21,7 @@ from specx.api import SpeculativeModel
 from specx.data.documents import Document, length_name
 from specx.decoding import decode
 from specx.eval.controller import GivenText
-from specx.eval.methods import Spec, options_of, parse_methods
+from specx.eval.methods import POLICIES, Spec, options_of, parse_methods
 from specx.eval.spans import Kind, Span, choose_spans
 from specx.experience import Experience
 from specx.generation import Generation
@@ -49,14 +49,14 @@ def measure(
     Args:
         samples: Places a kind.
         new: Tokens written after each.
-        fixed: Methods (`eval.methods`) of ours to compare with.
+        fixed: See `fixed_settings`.
         repeats: How often the settings take turns at a place; their medians count.
 
     Raises:
-        ValueError: If no document is long enough.
+        ValueError: If no document is long enough, or `fixed` is wrong.
     """
     assert model.draft is not None
-    specs, window = parse_methods(",".join([fixed, *OURS])), model.draft.draft_context
+    specs, window = [*fixed_settings(fixed), *parse_methods(",".join(OURS))], model.draft.draft_context
     experience = {spec.text: Experience() for spec in specs}
     warm = False
     for kind in KINDS:
@@ -69,6 +69,19 @@ def measure(
                     warm = True
                 for row in _place(model, span, context, turns, experience):
                     yield {"measure": "grid", "kind": kind} | row
+
+
+def fixed_settings(text: str) -> list[Spec]:
+    """Return the settings that the controller is compared with: plain, lookup, and policies with their options.
+
+    Raises:
+        ValueError: If one is another method of `eval.methods`, or none.
+    """
+    specs, known = parse_methods(text), ("plain", "lookup", *POLICIES)
+    for spec in specs:
+        if spec.name not in known:
+            raise ValueError(f"--fixed takes {', '.join(known)}, joined by commas; got {spec.text!r}")
+    return specs
 
 
 def _place(
@@ -133,7 +146,7 @@ def cells(rows: list[Row]) -> list[Row]:
 def _by_place(rows: list[Row]) -> dict[tuple[Any, ...], list[float]]:
     keys, found = ("kind", "context", "method", "document", "position"), dict[tuple[Any, ...], list[float]]()
     for row in rows:
-        if row["measure"] == "grid":
+        if row["measure"] == "grid" and row["decode_tokens_per_second"] is not None:
             found.setdefault(tuple(row[key] for key in keys), []).append(row["decode_tokens_per_second"])
     return found
 

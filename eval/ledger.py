@@ -74,14 +74,14 @@ def read_ledger(file: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or "measure" not in row:
-                raise ValueError("no row of a measurement")
         except ValueError as error:
             if number == len(lines):  # no newline behind it
                 break
             raise ValueError(
                 f"{file} line {number} is broken: {error}; remove that line, or give another --out"
             ) from error
+        if not isinstance(row, dict) or "measure" not in row:
+            raise ValueError(f"{file} line {number} is no row of `specx eval`: give another folder")
         rows.append(row)
     return rows
 

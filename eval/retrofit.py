@@ -6,7 +6,9 @@ measured twice: as it is, and with the base put right. Every run is a process of
 
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,8 +118,7 @@ def main(out: Path, lengths: str, prompts: int, new: int, dtype: str) -> None:
         raise click.UsageError(str(error)) from None
     target, head = locate("demo", "target"), locate("demo-eagle1", "draft")
     facts = {
-        "command": f"python -m specx.eval.retrofit --lengths {lengths} --prompts {prompts} --dtype {dtype} "
-        f"--max-new-tokens {new}",
+        "command": shlex.join(["python", "-m", "specx.eval.retrofit", *sys.argv[1:]]),
         "specx": version_of(),
         "machine": machine_of(torch.device("cpu")),
         "models": f"demo-target and demo-eagle1, {dtype}",
@@ -128,16 +129,22 @@ def main(out: Path, lengths: str, prompts: int, new: int, dtype: str) -> None:
     with tempfile.TemporaryDirectory() as scratch, (out / "rows.jsonl").open("w") as log:
         folder = str(published_layout(head, target, Path(scratch)))
         job = {"target": target, "head": folder, "device": "cpu", "dtype": dtype, "new": new}
-        for row in measured(job, contexts, prompts, load_tokenizer(target)):
-            rows.append(row)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            click.echo(json.dumps(row), err=True)
-    head_lines = "".join(f"- {key}: {value}\n" for key, value in facts.items())
-    failures = sorted({f"{row['way']}: {row['failed']}" for row in rows if row["failed"]})
-    text = f"# specx.eval.retrofit\n\n{head_lines}\n{table(rows).markdown()}" + "".join(f"\n- {x}" for x in failures)
-    (out / "summary.md").write_text(text.rstrip() + "\n")
+        try:
+            for row in measured(job, contexts, prompts, load_tokenizer(target)):
+                rows.append(row)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                click.echo(json.dumps(row), err=True)
+        finally:
+            (out / "summary.md").write_text(markdown(facts, rows))
     click.echo(table(rows).markdown())
+
+
+def markdown(facts: dict[str, str], rows: list[Row]) -> str:
+    """Return the summary: facts, the table, and what failed."""
+    head = "".join(f"- {key}: {value}\n" for key, value in facts.items())
+    failures = sorted({f"\n- {row['way']}: {row['failed']}" for row in rows if row["failed"]})
+    return f"# specx.eval.retrofit\n\n{head}\n{table(rows).markdown()}{''.join(failures)}".rstrip() + "\n"
 
 
 if __name__ == "__main__":

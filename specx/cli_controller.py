@@ -1,6 +1,8 @@
 """`specx bench controller`."""
 
 import json
+import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,12 +42,14 @@ def controller(**given: Any) -> None:
     if not wanted or set(wanted) - {"adversarial", "return", "grid"}:
         raise click.UsageError(f"--measure takes adversarial, return and grid; got {given['measure']!r}")
     out = Path(given["out"])
-    if (out / "rows.jsonl").exists():
+    if (out / "rows.jsonl").exists() and (out / "rows.jsonl").stat().st_size:
         raise click.UsageError(f"{out / 'rows.jsonl'} already holds results: give another --out, or remove it")
     from specx.api import load
     from specx.data.documents import parse_lengths
+    from specx.eval.grid import fixed_settings
 
     given["lengths"] = parse_lengths(given["lengths"])
+    fixed_settings(given["fixed"])
     options = {each.name: given[each.name] for each in fields(LoadConfig) if given[each.name] is not None}
     model = load(given["target"], given["draft"], specextend=given["specextend"], **options)
     if model.draft is None or model.tokenizer is None:
@@ -54,7 +58,7 @@ def controller(**given: Any) -> None:
 
 
 def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str], out: Path) -> None:
-    from specx.data.documents import length_name, read_documents
+    from specx.data.documents import read_documents
     from specx.eval import controller as measuring
     from specx.eval import grid
     from specx.eval.facts import facts_of
@@ -71,11 +75,7 @@ def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str]
     if "grid" in wanted:
         counts = given["samples"], given["new"], given["fixed"], given["repeats"]
         measured.append(grid.measure(model, documents, lengths, *counts))
-    named = ("target", "draft", "data", "lengths", "samples", "repeats", "new", "stretch", "fixed", "measure")
-    given = given | {"lengths": ",".join(map(length_name, lengths))}
-    parts = [f"--{name} {given[name]}" for name in named if given[name] is not None and given[name] != _FIXED]
-    command = " ".join(["specx bench controller", *parts])
-    facts = facts_of(command, given["data"], given["target"], model)
+    facts = facts_of(shlex.join(["specx", *sys.argv[1:]]), given["data"], given["target"], model)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with (out / "rows.jsonl").open("w", encoding="utf-8") as log:
@@ -86,7 +86,8 @@ def _measure(model: "SpeculativeModel", given: dict[str, Any], wanted: list[str]
                     log.flush()
                     if row["measure"] != "return":
                         rate, place = row["decode_tokens_per_second"], row.get("prompt") or row["document"]
-                        click.echo(f"{row['context']:>6} {place:<20} {row['method']:<14} {rate:.1f}", err=True)
+                        said = "-" if rate is None else f"{rate:.1f}"
+                        click.echo(f"{row['context']:>6} {place:<20} {row['method']:<14} {said}", err=True)
     finally:
         summary = "\n".join([measuring.markdown(facts, rows), *grid.markdown(rows)])
         (out / "summary.md").write_text(summary, encoding="utf-8")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MEASURES = ("tau", "speed", "memory", "trace")
 _NO_LIMIT = 1 << 20  # tokens of a prompt, for a target without a known number of positions
-METHODS = "ar,hf-assisted,hf-lookup,full,window,retrieval,auto"
+METHODS = "ar,hf-assisted,hf-lookup,full,window,retrieval,auto,specx"
 
 
 @click.command("eval")
@@ -48,7 +48,7 @@ METHODS = "ar,hf-assisted,hf-lookup,full,window,retrieval,auto"
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), help="For all but tau. Default: 128, or as the data asks for."
 )
-@options_of(*GENERATION, without=("max_new_tokens", "stop", "policy"))
+@options_of(*GENERATION, without=("max_new_tokens", "stop", "policy", "lookup", "controller"))  # methods say those
 def evaluate(**given: Any) -> None:
     """Measure tau, speed and memory of methods against context length.
 
@@ -151,7 +151,7 @@ def _prepared(given: dict[str, Any], measures: tuple[str, ...], out: Path) -> tu
         contexts = contexts or _fitted(parse_lengths(lengths), model, max(new, given["span_tokens"]))
     lengths, seed = ",".join(map(str, contexts or [max(room, 1)])), given["seed"] or 0
     data = read_data(given["data"], model.tokenizer, lengths, given["samples"], given["chat"], seed)
-    if given["methods"].strip() == ALL:
+    if given["methods"].strip() in (ALL, METHODS):
         specs = fitting(specs, model)
     job = Job(
         data=given["data"], contexts=contexts, specs=specs, measures=measures, samples=given["samples"],

@@ -54,9 +54,8 @@ def tune(**given: Any) -> None:
 
     assert model.draft is not None
     key = key_of(model.engine, model.draft)
-    path = save_profile(costs, key)
-    click.echo(f"written: {path}", err=True)
     _print(costs, key, given["as_json"])
+    click.echo(f"written: {save_profile(costs, key)}", err=True)
 
 
 def _measured(bed: Any) -> "Costs":

@@ -82,6 +82,7 @@ def test_ratios_by_hand():
         )
         for method, rate in zip(("ar", "ar-static", "plain", "specx"), rates, strict=True)
     ]  # fmt: skip
+    rows.append(rows[0] | {"decode_tokens_per_second": None})  # the first token ended it
     (found,) = controller.ratios(rows)
     assert found["over plain"] == pytest.approx((0.5 * 1.0) ** 0.5)
     assert found["over HF"] == pytest.approx((0.4 * 1.0) ** 0.5)
@@ -119,7 +120,8 @@ def test_cells_by_hand():
     ]
     slow = [row | {"decode_tokens_per_second": 0.1} for row in rows[:1]]
     fast = [row | {"decode_tokens_per_second": 9.0} for row in rows[:1]]
-    (cell,) = grid.cells([*rows, *slow, *fast, {"measure": "return"}])
+    ended = [row | {"decode_tokens_per_second": None} for row in rows[:1]]
+    (cell,) = grid.cells([*rows, *slow, *fast, *ended, {"measure": "return"}])
     assert cell["n"] == 2
     assert cell["rates"]["plain"] == pytest.approx(2.0)
     assert cell["specx"] == {"best": "lookup", "ratio": pytest.approx(1.0)}
@@ -145,6 +147,11 @@ def test_bins_by_hand():
     ("args", "message"),
     [
         (["--measure", "speed"], "--measure takes adversarial, return and grid; got 'speed'"),
+        (
+            ["--fixed", "plain,tree"],
+            "--fixed takes plain, lookup, full, window, retrieval, auto, joined by commas; got 'tree'",
+        ),
+        (["--fixed", "plain,ar"], "joined by commas; got 'ar'"),
         (["--lengths", "x"], "a length must be a whole number of tokens"),
     ],
 )
