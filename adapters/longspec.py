@@ -238,8 +238,9 @@ class LongSpecDraft:
 
     def _root_attention(self, root: int) -> OwnAttention:
         """Return attention of the root, whose own keys are in the ring."""
-        first = torch.full((1,), root - WINDOW + 1, device=self.device)
-        return lambda query, key, value: self.model.attend(query, [self.ring.seen(first, root - WINDOW + 1)])
+        highest = root - WINDOW + 1
+        first = torch.full((1,), highest, device=self.device)
+        return lambda query, key, value: self.model.attend(query, [self.ring.seen(first, highest)])
 
     def _level_attention(self, fed: int, root: int, level: int, mask: Tensor, chain: bool) -> OwnAttention:
         """Return attention of one level's nodes, of which `fed` were fed before; `mask` bool [T, fed + T]."""

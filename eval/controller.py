@@ -170,7 +170,10 @@ def binned(rows: list[Row], method: str) -> list[Row]:
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """Return, for each kind and length, specx over plain decoding: of ours, and of the better of Hugging Face's."""
+    """Return, for each kind and length, specx over plain decoding: of ours, and of the better of Hugging Face's.
+
+    Prompts that a method has no rate for, because the run was broken off or its first token ended it, are left out.
+    """
     cells: dict[tuple[str, int], dict[str, dict[str, list[float]]]] = {}
     for row in rows:
         if row["measure"] == "adversarial" and row["decode_tokens_per_second"] is not None:
@@ -178,7 +181,10 @@ def ratios(rows: list[Row]) -> list[Row]:
             prompt.setdefault(row["method"], []).append(row["decode_tokens_per_second"])
     found = []
     for (kind, context), prompts in cells.items():
-        pairs = [_ratios_of({name: median(rates) for name, rates in each.items()}) for each in prompts.values()]
+        whole = [each for each in prompts.values() if {"ar", "ar-static", "plain", "specx"} <= each.keys()]
+        if not whole:
+            continue
+        pairs = [_ratios_of({name: median(rates) for name, rates in each.items()}) for each in whole]
         plain, own = zip(*pairs, strict=True)
         found.append(
             {
@@ -190,8 +196,7 @@ def ratios(rows: list[Row]) -> list[Row]:
 
 
 def _ratios_of(rates: dict[str, float]) -> tuple[float, float]:
-    best = max(rates[name] for name in ("ar", "ar-static") if name in rates)
-    return rates["specx"] / rates["plain"], rates["specx"] / best
+    return rates["specx"] / rates["plain"], rates["specx"] / max(rates["ar"], rates["ar-static"])
 
 
 def _mean(values: tuple[float, ...]) -> float:

@@ -42,8 +42,9 @@ def main(budget: float, section: str, out: str | None, dry_run: bool) -> None:
 
     if not dry_run and not torch.cuda.is_available():
         raise click.UsageError("no CUDA device here; --dry-run tries the suite on a CPU")
-    kept = Path(__file__).parent / "results"  # of a checkout
-    folder = Path(out or (tempfile.mkdtemp(prefix="specx-gpu-") if dry_run else kept if kept.exists() else "specx-gpu"))
+    results = Path(__file__).parent / "results"  # of a checkout
+    kept = results if results.exists() else Path("specx-gpu")
+    folder = Path(out or (tempfile.mkdtemp(prefix="specx-gpu-") if dry_run else kept))
     folder.mkdir(parents=True, exist_ok=True)
     device = "dry run" if dry_run else torch.cuda.get_device_name()
     rows = unused(folder, device)

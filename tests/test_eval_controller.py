@@ -83,6 +83,8 @@ def test_ratios_by_hand():
         for method, rate in zip(("ar", "ar-static", "plain", "specx"), rates, strict=True)
     ]  # fmt: skip
     rows.append(rows[0] | {"decode_tokens_per_second": None})  # the first token ended it
+    rows.append(rows[0] | {"prompt": "broken off"})
+    rows.append(rows[0] | {"context": 9, "decode_tokens_per_second": 5.0})
     (found,) = controller.ratios(rows)
     assert found["over plain"] == pytest.approx((0.5 * 1.0) ** 0.5)
     assert found["over HF"] == pytest.approx((0.4 * 1.0) ** 0.5)
