@@ -1,5 +1,6 @@
 """What hf.py promises: a model that cannot run trees is refused with a reason; taps and scores are the model's own."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -289,6 +290,26 @@ def test_the_last_tap_comes_before_the_norm(tiny, prompt_of):
         own = hidden_states(tiny, prompt_of(30))[-1]
         assert torch.allclose(tiny.model.norm(features), own, atol=1e-4)
     assert not torch.allclose(features, own, atol=1e-2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_tapped_layer_keeps_a_forward_that_somebody_gave_it(prompt_of, fails):
+    model, calls = copy.deepcopy(family("llama-gqa")), []
+    engine, (first, layer) = HFModel(model), model.model.layers[:2]
+    own = layer.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if fails:
+            raise KeyError("theirs")
+        return own(*args, **kwargs)
+
+    layer.forward = counted
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        Target(engine, 80, taps=(0, 1)).prefill(prompt_of(30))
+    assert calls
+    assert vars(layer)["forward"] is counted
+    assert "forward" not in vars(first)
 
 
 def own_scores(model: PreTrainedModel, ids: torch.Tensor, layer: int, chunk_size: int) -> torch.Tensor:

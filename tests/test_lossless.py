@@ -181,7 +181,7 @@ def check(pair: SpeculativeModel, ids: torch.Tensor, new: int = 40, **options: A
 
 def untouched(model: PreTrainedModel, implementation: str) -> bool:
     """Whether nothing of specx is left on a model."""
-    clean = not any("_specx_call" in vars(module) for module in model.modules())
+    clean = not any({"_specx_call", "forward"} & vars(module).keys() for module in model.modules())
     hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return clean and not hooks and model.config._attn_implementation == implementation
 
