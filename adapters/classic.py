@@ -56,7 +56,7 @@ class ClassicModel:
     def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> "ClassicDraft":
         """Start a request; see `draft.DraftModel`."""
         rotation = self.rotation(capacity) if config.refill != "recompute" and tokens else None
-        store = KeyValueStore(tokens, rotation, config.store == "device") if rotation else None
+        store = KeyValueStore(tokens, rotation, config.store) if rotation else None
         return ClassicDraft(self, capacity, tree_rows, store, config.sinks)
 
 

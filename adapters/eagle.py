@@ -15,6 +15,7 @@ from specx.acceptance import Walk
 from specx.adapters.eagle_head import EagleHead, HeadOutput
 from specx.cache import TreeCache
 from specx.config import CacheConfig
+from specx.cuda import sent
 from specx.draft import TokenIds
 from specx.hf import HFModel, Output
 from specx.hf_attention import Call
@@ -23,6 +24,7 @@ from specx.store import KeyValueStore, rows_in_place
 from specx.tree import FEW, LOOK_BACK, DraftTree, Plan, grow, ranks_of
 
 _UNFUSED = 128  # rounds whose features are kept as they are: they are larger than states
+_UNSTORED = 128  # rounds whose entries are not yet in the store: writing them waits for the device
 
 
 class EagleModel:
@@ -57,7 +59,7 @@ class EagleModel:
 
     def start(self, capacity: int, tree_rows: int, tokens: int, config: CacheConfig) -> "EagleDraft":
         """Start a request; see `draft.DraftModel`."""
-        store = KeyValueStore(tokens, self.head.rotation, config.store == "device") if tokens else None
+        store = KeyValueStore(tokens, self.head.rotation, config.store) if tokens else None
         return EagleDraft(self, capacity, tree_rows, store, config.sinks)
 
     def features(self, output: Output, rows: Sequence[int] | None = None) -> Tensor:
@@ -68,7 +70,7 @@ class EagleModel:
         joined = torch.cat([output.features[layer].to(self.head.device) for layer in self.sources], -1)
         if rows is None or len(rows) == len(joined):
             return joined
-        return joined[torch.tensor(rows, device=joined.device)]
+        return joined[sent(rows, joined.device)]
 
     def states(self, features: Tensor) -> Tensor:
         """Return the states, [n, hidden], of tokens with these features."""
@@ -106,6 +108,7 @@ class EagleDraft:
         self._states = torch.empty(0, self.head.head.hidden, device=device)  # of tokens whose entries are not computed
         self.foreseen: Sequence[int] = ()
         self._features: list[Tensor] = []  # of those behind them, which have no states yet
+        self._unstored: list[HeadOutput] = []  # whose keys and values the store has not got yet
         self._fed = 0  # entries computed: in the cache, or dropped from it
         # Entries cached at the last rebuild, and how many were computed by then.
         self._held, self._since = self._ids.all(), 0
@@ -163,6 +166,7 @@ class EagleDraft:
         self._absorb(self._ids.all()[self._fed + 1 : self._fed + 1 + len(states)], states)
 
     def _rebuild(self, store: KeyValueStore, keep: Tensor) -> None:
+        self._write(store)
         keep = keep.to(self.head.device)
         keep = keep[keep < self._fed]
         same = rows_in_place(self._held, self._since, self._fed, keep)
@@ -223,6 +227,7 @@ class EagleDraft:
         if self.head.head.layers == 1:
             keys, values = self.head.project(ids, states)
             if self.store is not None:
+                self._write(self.store)
                 self.store.extend(keys, values, torch.zeros(len(ids), dtype=torch.long))
                 self._since += len(ids)  # not in the cache: `prefill` says which of them it holds
             else:
@@ -252,6 +257,16 @@ class EagleDraft:
         out = self.head(ids, states, self.cache, self.model.call(self.cache, positions)).first(rows)
         self.cache.extend(rows)
         if self.store is not None:
-            self.store.extend(out.keys, out.values, torch.zeros(rows, dtype=torch.long))
+            self._unstored.append(out)
+            if len(self._unstored) == _UNSTORED:
+                self._write(self.store)
         self._fed += rows
         return out
+
+    def _write(self, store: KeyValueStore) -> None:
+        """Write what the store has not got yet."""
+        if self._unstored:
+            keys = torch.cat([out.keys for out in self._unstored], 3)
+            values = torch.cat([out.values for out in self._unstored], 3)
+            store.extend(keys, values, torch.zeros(keys.shape[3], dtype=torch.long))
+            self._unstored.clear()

@@ -71,7 +71,9 @@ class LongSpecModel:
         read = hidden[0].to(device_of(self._head))
         if self._rows is None:
             return self._head(read).to(self.device)
-        bias = None if self._head.bias is None or self.vocabulary is None else self._head.bias[self.vocabulary]
+        bias: Tensor | None = self._head.bias
+        if bias is not None and self.vocabulary is not None:
+            bias = bias[self.vocabulary.to(bias.device)]
         return F.linear(read, self._rows, bias).to(self.device)
 
     def attend(self, query: Tensor, parts: Sequence[Part]) -> Tensor:

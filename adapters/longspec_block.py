@@ -41,7 +41,7 @@ class Rotary(nn.Module):
     def tables(self, positions: Tensor, like: Tensor) -> Tables:
         """Return cos and sin of positions, int64 [T] or [B, T], as [.., T, R] of `like`'s dtype and device."""
         shown = positions if positions.dim() == 2 else positions[None]
-        cos, sin = self._module[0](like, shown)
+        cos, sin = (table.to(like.device) for table in self._module[0](like, shown))
         return cos[:, None], sin[:, None]  # for all heads
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specx.attention import additive, hybrid_tree_attention
 from specx.backends import DEVICE_OF, trouble_with
+from specx.cuda import GraphPool, synchronize
 
 Row = dict[str, Any]
 OURS = "specx"  # the kernel of ours, as tables name it
@@ -58,12 +59,6 @@ class Inputs:
 Contender = Callable[[Inputs], Callable[[Tensor, Tensor], Any]]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def median_ms(run: Callable[[], Any], device: torch.device, repeats: int, warm: int = 2) -> float:
     """Return the median milliseconds of `run`, until its work is done."""
     times = []
@@ -81,19 +76,10 @@ def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any] 
     """Return the replay of a CUDA graph of `run`, which waits for no launch; None where it cannot be captured."""
     if device.type != "cuda":
         return None
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        run()  # lazy initialisation
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            run()
+        return GraphPool(device).capture(run).replay
     except RuntimeError:  # a host read, an op that cannot be captured
-        torch.cuda.synchronize(device)
         return None
-    return graph.replay
 
 
 def copy_bandwidth(device: torch.device, nbytes: int, repeats: int = 9) -> float:

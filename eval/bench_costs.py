@@ -14,9 +14,9 @@ from torch import Tensor
 from specx.api import SpeculativeModel
 from specx.config import DRAFT_ALONE
 from specx.costs import Costs
+from specx.cuda import synchronize
 from specx.data.prompts import held_out_prompt
 from specx.decoding import decode
-from specx.eval.bench import synchronize
 from specx.eval.bench_step import MOST_NODES, SyncedGeneration, binary_tree, context_of
 from specx.hf_config import positions_of
 from specx.target import Target

@@ -14,9 +14,10 @@ from specx.acceptance import Walk
 from specx.adapters.classic import ClassicModel
 from specx.api import SpeculativeModel
 from specx.config import DRAFT_ALONE
+from specx.cuda import synchronize
 from specx.data.prompts import demo_prompt
 from specx.decoding import decode
-from specx.eval.bench import Row, median_ms, synchronize, tree_mask
+from specx.eval.bench import Row, median_ms, tree_mask
 from specx.generation import Generation
 from specx.hf import HFModel
 from specx.hf_config import positions_of
@@ -34,12 +35,17 @@ class SyncedGeneration(Generation):
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
         """Add the seconds spent inside to `part`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _wait()
         with Generation.clock(self, part):
             yield
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _wait()
+
+
+def _wait() -> None:
+    """Wait for every device that holds something."""
+    for number in range(torch.cuda.device_count()):
+        if torch.cuda.memory_allocated(number):
+            torch.cuda.synchronize(number)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -6,6 +6,7 @@ The models are the bundled pair, also grown to large shapes: nothing is download
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,4 +119,5 @@ def blame(rows: Path, marker: Path, message: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the table is written, and no worker is left over
     main()

@@ -63,26 +63,35 @@ class Bed:
         return self._target[1], self._target[2]
 
     def release(self) -> None:
-        """Give the target's cache back."""
+        """Give the caches back, and what was captured over them."""
         self._target = None
+        if self._model:
+            self._model.release()
+        free(self.setup.device)
+
+    def unload(self) -> None:
+        """Give the models back too; what was measured stays."""
+        self._target = self._model = None
         free(self.setup.device)
 
 
 def tasks(setup: Setup) -> Iterator[Task]:
     """Yield the methods at every length; Hugging Face's static cache compiles for a minute, so that it comes last."""
-    for pair in setup.pairs:
-        bed = Bed(setup, pair)
+    beds = [Bed(setup, pair) for pair in setup.pairs]
+    for bed in beds:
+        pair = bed.pair
         for length in reversed(setup.lengths):
             for name in OURS:
                 run = partial(_ours, bed, length, name)
                 yield Task(f"{name} {pair.name} L{length}", run, "ours", about=8.0, extra=bed.pending)
             run = partial(_theirs, bed, length, "ar")
             yield Task(f"hf {pair.name} L{length}", run, "hf", about=12.0, extra=bed.pending)
+        bed.unload()
+    for bed in beds:
         for length in setup.lengths:
             run = partial(_theirs, bed, length, "ar-static")
-            yield Task(f"hf static {pair.name} L{length}", run, "hf static", about=90.0, extra=bed.pending)
-        del bed, run
-        free(setup.device)
+            yield Task(f"hf static {bed.pair.name} L{length}", run, "hf static", about=90.0, extra=bed.pending)
+        bed.unload()
 
 
 def _ours(bed: Bed, length: int, name: str) -> Row:
@@ -133,10 +142,12 @@ def _compared(bed: Bed, length: int, name: str, rate: float, tokens: list[int]) 
     """Return a row with the ratio to plain decoding by our engine, and where the output first differs from its."""
     bed.rates[length, name], bed.tokens[length, name] = rate, tokens
     base, truth = bed.rates.get((length, PLAIN)), bed.tokens.get((length, PLAIN))
-    engine = bed.model().engine
+    model = bed.model()
+    engine, small = model.engine, model.draft.model  # type: ignore[union-attr]
     return {
         "pair": bed.pair.name, "length": length, "method": name, "new": len(tokens), "tokens_per_second": rate,
         "speed_up": rate / base if base else None,
         "differs_at": first_divergence(tokens, truth) if truth is not None else None,
         "backend": engine.backend, "backend_reason": engine.backend_reason, "no_graphs": graph_trouble(engine),
+        "draft_no_graphs": graph_trouble(small),
     }  # fmt: skip

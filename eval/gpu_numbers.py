@@ -116,6 +116,7 @@ def _exactness(setup: Setup, dtype: torch.dtype, graphs: bool | None, truths: Tr
 def _output(setup: Setup, model: Any, method: str, tokens: int, new: int, truths: Truths) -> Row:
     """Compare greedy outputs after a few prompts with `model.generate`."""
     pair: SpeculativeModel = model()
+    small: Any = pair.draft
     ours, theirs = build(parse_methods(method), pair)[method], huggingface(pair, {})
     exact, found = pair.engine.dtype == FP32, []
     for number in range(2 if exact else 4):
@@ -131,7 +132,8 @@ def _output(setup: Setup, model: Any, method: str, tokens: int, new: int, truths
         "error": max(margins, default=0.0), "allowed": MARGIN if exact else None, "ok": not wrong if exact else None,
         "first_difference": min((each["divergence"] for each in found if not each["same"]), default=None),
         "backend": pair.engine.backend, "backend_reason": pair.engine.backend_reason,
-        "no_graphs": graph_trouble(pair.engine), "dtype": str(pair.engine.dtype).removeprefix("torch."),
+        "no_graphs": graph_trouble(pair.engine), "draft_no_graphs": graph_trouble(small.model),
+        "dtype": str(pair.engine.dtype).removeprefix("torch."),
     }  # fmt: skip
 
 

@@ -77,9 +77,10 @@ def _loop(bed: Bed, graphs: bool, length: int) -> Row:
 
 
 def _facts(bed: Bed, graphs: bool, length: int, part: str) -> Row:
-    engine = bed.bench(graphs).engine
+    bench = bed.bench(graphs)
+    engine, small = bench.engine, bench.model.draft
     return {
         "part": part, "pair": bed.pair.name, "graphs": graphs, "length": length, "backend": engine.backend,
         "backend_reason": engine.backend_reason, "no_graphs": graph_trouble(engine),
-        "bandwidth": bed.setup.bandwidth,
+        "draft_no_graphs": graph_trouble(small.model), "bandwidth": bed.setup.bandwidth,  # type: ignore[union-attr]
     }  # fmt: skip

@@ -43,7 +43,8 @@ def aims(by: dict[str, list[Row]]) -> list[Table]:
     """What was aimed at beside the best-placed measurement of it, and whether it is met there."""
     steps, runs = by.get("step", []), by.get("end-to-end", [])
     kernels = [r for r in by.get("kernel", []) if r["method"] == "specx" and r["length"] >= KERNEL_FROM]
-    verifies = [r for r in steps if r["part"] == "verify" and r["graphs"]]
+    verifies = [r for r in steps if r["part"] == "verify" and r["graphs"] and not r["no_graphs"]]
+    runs = [r for r in runs if not r["no_graphs"] and not r["draft_no_graphs"]]
     longest = max((r["length"] for r in runs), default=0)
     autos = [r for r in runs if r["method"] == "auto"]
     checks = [
@@ -91,10 +92,9 @@ def numbers(rows: list[Row]) -> list[Table]:
 def step(rows: list[Row]) -> list[Table]:
     """Verify beside the copy of its bytes; the other parts; the loop."""
     made = []
-    how = {True: "graphs", False: "eager"}
     verifies = [r for r in rows if r["part"] == "verify"]
     if verifies:
-        lines = [[r["pair"], length_name(r["length"]), how[r["graphs"]], r["backend"], str(r["nodes"]), _ms(r["ms"]),
+        lines = [[r["pair"], length_name(r["length"]), _how(r), r["backend"], str(r["nodes"]), _ms(r["ms"]),
                   _ms(r["ms_bytes"]), f"{r['ratio']:.2f}", r["no_graphs"] or ""]
                  for r in verifies]  # fmt: skip
         note = (
@@ -106,14 +106,14 @@ def step(rows: list[Row]) -> list[Table]:
     drafts = [r for r in rows if r["part"] == "draft"]
     if drafts:
         keys = ("ms_level", "ms_tree", "ms_scores", "ms_select", "ms_refresh")
-        lines = [[r["pair"], length_name(r["length"]), how[r["graphs"]], *(_ms(r[key]) for key in keys),
+        lines = [[r["pair"], length_name(r["length"]), _how(r), *(_ms(r[key]) for key in keys),
                   str(r["draft_kv_tokens"])] for r in drafts]  # fmt: skip
         header = ["pair", "context", "how", "level", "tree", "scores", "select", "refill", "draft cache"]
         note = f"Milliseconds of one level and one tree of the draft, and of the parts of one retrieval. {GROWN}"
         made.append(Table("Draft and retrieval", note, header, lines))
     loops = [r for r in rows if r["part"] == "loop"]
     if loops:
-        lines = [[r["pair"], length_name(r["length"]), how[r["graphs"]], *_split(r), _number(r["tau"])] for r in loops]
+        lines = [[r["pair"], length_name(r["length"]), _how(r), *_split(r), _number(r["tau"])] for r in loops]
         header = ["pair", "context", "how", "draft", "verify", "retrieval", "rest", "draft share", "tau"]
         note = f"Milliseconds a step, with waits between the parts. {GROWN}"
         made.append(Table("Loop", note, header, lines))
@@ -158,6 +158,12 @@ def _why(row: Row) -> str:
     if "message" in row:
         return row["message"]
     return f"error {row.get('error')}, allowed {row.get('allowed')}; {row.get('trouble') or ''}".removesuffix("; ")
+
+
+def _how(row: Row) -> str:
+    if not row["graphs"]:
+        return "eager"
+    return "not captured" if row["no_graphs"] or row["draft_no_graphs"] else "graphs"
 
 
 def _split(row: Row) -> list[str]:

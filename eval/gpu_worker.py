@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import torch
 
+from specx.cuda import synchronize
 from specx.eval import gpu_end_to_end, gpu_kernel, gpu_numbers, gpu_step
-from specx.eval.bench import synchronize
 from specx.eval.facts import machine_of, version_of
 from specx.eval.gpu_rows import Job, Row, append_row, failed_row, read_rows
 from specx.eval.gpu_setup import Setup, Task, free, setup_of
@@ -62,7 +62,7 @@ def work(job: Job, setup: Setup, say: Callable[[str], None]) -> bool:
             row = run_task(section, task, clock, deadline)
             append_row(file, row)
             say(f"{section}: {task.name}: {row['status']} {row.get('message', '')} ({row.get('seconds', 0):.1f} s)")
-            if row["status"] == "failed":
+            if row["status"] == "failed" or (row.get("no_graphs") and setup.device.type == "cuda"):
                 if not healthy(setup.device):
                     return False
                 free(setup.device)  # it may have run out of memory
@@ -110,9 +110,12 @@ def message_of(error: Exception) -> str:
 
 
 def healthy(device: torch.device) -> bool:
-    """Tell whether the device still computes; after a fault it does so for no process that has seen it."""
+    """Tell whether the device still computes; after a fault, or a capture that failed, it may not in this process."""
     try:
         synchronize(device)
+        torch.rand(1, device=device)  # its generator fails for good in the middle of a capture
+        if device.type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
+            return False
         return torch.ones(2, device=device).sum().item() == 2.0
     except RuntimeError:
         return False

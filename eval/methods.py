@@ -6,9 +6,6 @@ its dynamic and with its static cache: the faster one counts.
 """
 
 import os
-
-os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")  # HF's best setting on a CPU; read when transformers loads
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -16,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():  # there, with a mask, it means torch's slowest kernel
+    os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")  # HF's best setting on a CPU; read when it loads
+
 from transformers.generation.streamers import BaseStreamer
 
 from specx.adapters.lookup import LookupModel

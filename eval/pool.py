@@ -119,8 +119,11 @@ class Pool:
 
 
 def _sharing(task: Task, count: int) -> Task:
-    """Return the task for processes that share this machine's cores."""
-    return replace(task, shared=count, threads=max(1, (os.cpu_count() or 1) // count))
+    """Return the task for processes that share this machine's cores; each sees one accelerator at most."""
+    loading = dict(task.loading)
+    if str(loading.get("device")).startswith("cuda"):
+        loading["device"] = "cuda"
+    return replace(task, loading=loading, shared=count, threads=max(1, (os.cpu_count() or 1) // count))
 
 
 def _device(index: int) -> dict[str, str]:

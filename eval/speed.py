@@ -19,9 +19,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every prompt and method: `warm`, then `one` for each prompt."""
     warm(prompts[0], methods, model)
-    lengths = set[int]()
     for number, prompt in enumerate(prompts):
-        yield from one(model, prompt, methods, new, number, lengths)
+        yield from one(model, prompt, methods, new, number)
 
 
 def warm(prompt: Prompt, methods: dict[str, Method], model: SpeculativeModel) -> None:
@@ -31,15 +30,17 @@ def warm(prompt: Prompt, methods: dict[str, Method], model: SpeculativeModel) ->
 
 
 def one(
-    model: SpeculativeModel, prompt: Prompt, methods: dict[str, Method], new: int, turn: int, lengths: set[int]
+    model: SpeculativeModel, prompt: Prompt, methods: dict[str, Method], new: int, turn: int
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every method on one prompt; plain greedy decoding by Hugging Face is the truth for exactness.
+
+    On CUDA each run follows one like it that does not count: what is compiled or captured for this length, which
+    another method's run may have thrown away, is there again.
 
     Where a method fails or is interrupted, the rows of the prompt's earlier ones come first.
 
     Args:
         turn: The order of the methods turns with it, so that none profits from its place.
-        lengths: Prompt lengths that were run before; on CUDA every method runs once on a new one, to compile for it.
     """
     greedy, device = model.settings.sampling.temperature == 0, model.engine.device
     names = list(methods)
@@ -47,11 +48,9 @@ def one(
     runs, loads = dict[str, Run](), dict[str, float]()
     truth, failure = None, None
     try:
-        if device.type == "cuda" and len(prompt.ids) not in lengths:
-            lengths.add(len(prompt.ids))
-            for method in methods.values():
-                method(prompt.ids.to(device), new)
         for name in turned:
+            if device.type == "cuda":
+                methods[name](prompt.ids.to(device), new)
             runs[name], loads[name] = methods[name](prompt.ids.to(device), new), os.getloadavg()[0]
         truth = truth_of(model, prompt.ids, new, runs) if greedy else None
     except (Exception, KeyboardInterrupt) as error:

@@ -44,7 +44,7 @@ class Workbench:
     def __init__(self, task: Task, model: SpeculativeModel) -> None:
         self.task, self.model, self.specs = task, model, task.specs
         self.methods = build(self.specs, model)
-        self._warm, self._lengths = False, set[int]()
+        self._warm = False
 
     def rows(self, unit: Unit) -> Iterator[dict[str, Any]]:
         """Yield the rows of a unit as they are known."""
@@ -59,7 +59,7 @@ class Workbench:
         if not self._warm:
             speed.warm(unit.prompt, self.methods, self.model)
             self._warm = True
-        for row in speed.one(self.model, unit.prompt, self.methods, self.task.new, unit.turn, self._lengths):
+        for row in speed.one(self.model, unit.prompt, self.methods, self.task.new, unit.turn):
             yield {"run": unit.run} | row
 
     def _memory(self, unit: Unit) -> Iterator[dict[str, Any]]:

@@ -95,6 +95,12 @@ class SpeculativeModel:
             pass
         return out
 
+    def release(self) -> None:
+        """Give back the device memory, and the CUDA graphs over it, that are kept for the next request."""
+        for each in (self.engine, getattr(self.draft, "model", None)):
+            if isinstance(each, HFModel):
+                each.release()
+
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Yield text as it is generated. Takes what `generate` takes; needs a tokenizer."""
         if self.tokenizer is None:

@@ -20,6 +20,8 @@ from specx.tree import FEW, LOOK_BACK, Plan
 from specx.worth import DraftWorth
 
 _STAY = 1.05  # how much better the other choice, with or without the draft, must be
+_DOUBT = 1.15  # how much better the draft must be where it has lost more than the share and credit below
+_LOSS_SHARE, _LOSS_CREDIT = 0.01, 2.0  # of all time, and in plain steps' time
 _SAME = 1.05  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
 _PROBE_SHARE = 0.01  # of all time that may be lost by asking a draft that does not seem to pay
@@ -90,6 +92,7 @@ class AutoController:
         self._shapes = [(plan, Shape(plan.depth + 1, plan.nodes, plan.beam)) for plan in plans]
         self._lookups = [Shape(0, size) for size in BUCKETS[1:] if size <= bucket(tree.nodes)]
         self._rounds, self._known = 0, dict[Shape, float]()
+        self._instead = 1.0  # tokens a millisecond that were expected without the draft when it was asked last
         families = list(dict.fromkeys((plan.nodes, plan.beam) for plan in plans))
         usual = experience.worth(families, tree.depth + 1)
         self.worth = DraftWorth(families, tree.depth + 1, usual)
@@ -99,7 +102,7 @@ class AutoController:
         self._drafting, self._since_draft = True, 0
         self._pays = True  # whether the draft was worth more than a plain step when it was weighed last
         self._probe_every, self._since_probe = _PROBE_EVERY, 0
-        self._spent = self._elapsed = 0.0
+        self._spent = self._lost = self._elapsed = 0.0  # milliseconds: by probes, by drafting after all, in all
         self._context = self._asked = 0
         self._plain_every, self._since_plain = _PLAIN_EVERY, 0
         self._stretches = Stretches()
@@ -125,11 +128,12 @@ class AutoController:
         pace = self._stretches.pace_beyond(max(drafted.rate, free.rate))
         if pace:
             drafted = self._with_draft(remaining, offer, context, waiting, pace)
-        margin = _STAY if self._drafting else 1 / _STAY
+        margin = self._margin(context)
         better = drafted.tokens * margin - free.tokens > (pace or free.rate) * (drafted.ms - free.ms)
         if free.plan.nodes == 1:
             self._pays = better
         if better:
+            self._instead = free.rate
             return self._decide(drafted, "better than", drafted.mode, free)
         if self._asked < self._opening and free.plan.nodes == 1:
             return self._decide(drafted, "to see what the draft is worth here", drafted.mode)
@@ -137,6 +141,16 @@ class AutoController:
         if probe is not None and free.plan.nodes == 1:
             return self._decide(probe, "to see whether the draft pays again; otherwise", "probe", free)
         return self._decide(free, "better than", free.mode, drafted)
+
+    def _margin(self, context: int) -> float:
+        """Return what the draft's expected tokens are multiplied by: what is expected of it is a guess, too.
+
+        A draft about as fast as plain decoding seems better in some places and is not. What that has cost in this text
+        is known, and counts against it.
+        """
+        if self._lost > _LOSS_SHARE * self._elapsed + _LOSS_CREDIT * self._ms(PLAIN, context):
+            return 1 / _DOUBT
+        return _STAY if self._drafting else 1 / _STAY
 
     def _is_due(self, free: Choice) -> bool:
         """Tell whether the draft is to be weighed: that takes time, and nothing new is known while it is not asked."""
@@ -185,6 +199,8 @@ class AutoController:
         if self.mode == "probe":
             self._after_probe(done, len(told))
         else:
+            spent = min(done.ms, 2 * choice.ms) + done.refresh_ms  # no more than that is the draft's doing
+            self._lost = max(0.0, self._lost + spent - done.emitted / self._instead)
             self._probe_every, self._since_probe = max(_PROBE_EVERY, self._probe_every // 2), 0
 
     def _after_probe(self, done: Round, told: int) -> None:

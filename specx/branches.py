@@ -7,6 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from specx.cuda import sent
+
 # A node's origin is one integer, so that it travels with the tree's tokens: who proposed it, how sure, and its rank.
 _DRAFT, _DRAFT_FIRST = 0x1F, 0x20  # 1 + bucket of the draft's probability (0: not the draft's); best of its siblings
 _MATCH, _MATCH_FIRST = 0x7C0, 0x800  # length of the match (0: not from the context); best of its siblings
@@ -173,5 +175,5 @@ class Calibration:
             self._edges = torch.tensor(self.EDGES, device=odds.device).log()
         buckets = torch.bucketize(odds, self._edges)
         pairs = zip(self.rates(), self._MIDS, strict=True)
-        shifts = torch.tensor([math.log(max(rate, 1e-3) / middle) for rate, middle in pairs], device=odds.device)
+        shifts = sent([math.log(max(rate, 1e-3) / middle) for rate, middle in pairs], odds.device)
         return (odds + shifts[buckets]).clamp(max=-0.005), buckets

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from specx.cuda import sent
+
 Move = Callable[[Tensor, Tensor, Tensor, int], None]
 
 
@@ -121,7 +123,7 @@ class TreeCache(Cache):
         if same < len(rows):
             first = self.committed + same
             for keys, values in self.memory.blocks:
-                index = torch.tensor([row - same for row in rows[same:]], device=keys.device)
+                index = sent([row - same for row in rows[same:]], keys.device)
                 self.move(keys, values, index, first)
         self.committed += len(rows)
         self.pending = 0

@@ -127,10 +127,11 @@ class CacheConfig(Checked):
         "from a store of all tokens and turns them to their new positions. Default: gather where the draft's keys can.",
         choices=("gather", "recompute"),
     )
-    store: Literal["host", "device"] = option(
-        "host",
-        "Where the store of gather lives; on the device it grows there with the context.",
-        choices=("host", "device"),
+    store: Literal["auto", "host", "device"] = option(
+        "auto",
+        "Where the store of gather lives; on the device it grows there with the context. auto: there if it takes at "
+        "most an eighth of the free memory of a CUDA device.",
+        choices=("auto", "host", "device"),
     )
     score_heads: Literal["mean", "max"] = option(
         "mean", "How the target's heads agree on a chunk's score.", choices=("mean", "max")

@@ -12,6 +12,7 @@ from specx.auto_controller import AutoController
 from specx.branches import source_of
 from specx.config import Settings
 from specx.controller import Controller, FixedController, Round
+from specx.cuda import GraphPool, sent, synchronize
 from specx.draft import Draft, DraftModel, ReadsTarget
 from specx.draft_cache import policy_of, started
 from specx.experience import Experience
@@ -76,9 +77,10 @@ def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
         done = request.emit(request.cut(Walk((0,), (root,), 0)))
         if not done:
             request.prefill_sources(root)
+        synchronize(ids.device)  # or the first round would wait for the draft's prefill
     yield Piece((root,), ("target",))
     while not done:
-        began = time.perf_counter()
+        began, capturing = time.perf_counter(), GraphPool.seconds
         plan, waiting = request.plan(), sources.waiting
         refreshed = request.refresh_if_due(plan)
         with out.clock("draft"):
@@ -86,7 +88,7 @@ def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
         with out.clock("verify"):
             step = target.verify(tree)
             chosen = request.chooser.choose(step.logits, tree, request.ids[: target.cache.committed])
-        whole = walk(tree, chosen)
+            whole = walk(tree, chosen)
         found = request.cut(whole)
         target.keep(found.path)
         with out.clock("draft"):
@@ -94,7 +96,7 @@ def _steps(request: "_Request", ids: Tensor) -> Generator[Piece]:
         request.last_node = found.path[-1]
         done = request.emit(found)
         origins = request.record(tree, whole, found)
-        spent = time.perf_counter() - began
+        spent = time.perf_counter() - began - (GraphPool.seconds - capturing)
         request.learn(plan, tree, whole, spent - refreshed, refreshed, waiting)
         out.seconds["decode"] += time.perf_counter() - began
         yield Piece(found.tokens, origins)
@@ -232,7 +234,7 @@ class _Request:
     def emit(self, found: Walk) -> bool:
         """Count the tokens of a step as generated; return whether the generation is over."""
         first = self.out.prompt_tokens + len(self.out.tokens)
-        self._buffer[first : first + len(found.tokens)] = torch.tensor(found.tokens, device=self._buffer.device)
+        self._buffer[first : first + len(found.tokens)] = sent(found.tokens, self._buffer.device)
         self.out.tokens += found.tokens
         return self.out.finish_reason != "interrupted"
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from specx.acceptance import Walk
 from specx.config import CacheConfig
+from specx.cuda import sent
 from specx.hf import Output
 from specx.tree import DraftTree, Plan
 
@@ -39,7 +40,7 @@ class TokenIds:
     def all(self) -> Tensor:
         """Return them, int64 [n]."""
         if self._new:
-            self._ids = torch.cat([self._ids, torch.tensor(self._new, dtype=torch.long, device=self._ids.device)])
+            self._ids = torch.cat([self._ids, sent(self._new, self._ids.device)])
             self._new.clear()
         return self._ids
 

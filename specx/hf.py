@@ -9,7 +9,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -165,7 +165,7 @@ class HFModel:
             return TreeCache(layers, capacity, one_block)
         move = triton_move if self.backend == "triton" else None
         capacity += BUCKETS[-1]  # rows that pad a bucket
-        unit = max(1024, 1 << capacity.bit_length() - 3)  # few sizes, so that memory and graphs serve again
+        unit = max(1024, 1 << capacity.bit_length() - 4)  # few sizes, so that memory and graphs serve again
         capacity = -(-capacity // unit) * unit
         spare, self._spare = self._spare, None
         if spare is None or any(pair[0].shape[3] != capacity for pair in spare[0].blocks):
@@ -175,6 +175,10 @@ class HFModel:
         self._steps[cache] = steps
         weakref.finalize(cache, setattr, self, "_spare", (memory, steps))
         return cache
+
+    def release(self) -> None:
+        """Give back the memory, and the graphs over it, that are kept for the next cache."""
+        self._spare = None
 
     @property
     def rope_border(self) -> int | None:
@@ -228,11 +232,13 @@ class HFModel:
         """
         tail = positions if tail_positions is None else tail_positions
         most = _PREFILL_ROWS if mask is None else BUCKETS[-1]
-        if not self.no_graphs and len(ids) <= most and cache in self._steps:
-            return self._static(ids, positions, cache, mask, tail, keep_logits, tuple(taps), score_layer)
-        flash = self.flash_prefill if mask is None else self.hybrid
-        call = Call(cache.committed, positions, mask, tail, self.backend, not flash, score_layer)
-        logits, features = self._run(ids, positions, cache, call, keep_logits, taps, context)
+        # What static steps write to outlives an inference mode that somebody may be in, and must serve outside of it.
+        with nullcontext() if self.no_graphs else torch.inference_mode(False):
+            if not self.no_graphs and len(ids) <= most and cache in self._steps:
+                return self._static(ids, positions, cache, mask, tail, keep_logits, tuple(taps), score_layer)
+            flash = self.flash_prefill if mask is None else self.hybrid
+            call = Call(cache.committed, positions, mask, tail, self.backend, not flash, score_layer)
+            logits, features = self._run(ids, positions, cache, call, keep_logits, taps, context)
         cache.advance(ids.shape[0])
         return Output(logits.to(self.device), features, call.scored, call.windows)
 
@@ -248,7 +254,8 @@ class HFModel:
         """Score chunks of `cache`, float32 [C], by what row `node` of a forward's scored rows attended to."""
         key = cache.keys(layer)[0]
         query, lse = scored.query[:, node].to(key.device), scored.lse[:, node].to(key.device)
-        return chunk_scores(key, query, lse, scored.scale, scored.softcap, chunk_size, heads)
+        fused = self.backend == "triton" and key.device.type == self.device.type
+        return chunk_scores(key, query, lse, scored.scale, scored.softcap, chunk_size, heads, fused)
 
     def _run(
         self,

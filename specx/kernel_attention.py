@@ -9,7 +9,7 @@ from specx.kernel_checks import OPTIONS, check, check_cache, check_limits, facto
 from specx.kernel_plans import MAX_SPLITS, attention_plan, choose_splits
 from specx.kernels import merge_splits_kernel, tree_attention_kernel
 
-MAX_QUERIES, MAX_TAIL = 256, 1024
+MAX_QUERIES, MAX_TAIL = 256, 2304  # rows of a tree, and of all that the largest one has pending
 WORD = 64  # tail rows a mask word
 
 
@@ -58,7 +58,7 @@ def tree_attention(
         key, value: [B, G, capacity, D], last stride 1: rows [0, L) are the prefix, [L, L + P) the tail.
         length: L, int32 [1]. L + P must not exceed the capacity; what lies beyond it is not read.
         words: Which tail rows each query sees, int64 [T, ceil(P / 64)] from `pack_mask`.
-        tail: P <= 1024, at least T where the queries' own rows are among them.
+        tail: P <= 2304, at least T where the queries' own rows are among them.
         scale: Factor on the scores, positive.
         positions: Of the queries, int32 [T]; needed with a window only.
         window: w lets position p see prefix rows over p - w (row r sits at position r); the tail's mask has it already.

@@ -5,7 +5,6 @@ Everything here is a pure function of its arguments; a generation's state lives 
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -13,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specx.config import CacheConfig, TreeConfig
+from specx.cuda import sent
 
 _PART = 8192  # keys that are converted at a time
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def chunk_scores(
@@ -26,6 +25,7 @@ def chunk_scores(
     softcap: float | None,
     chunk_size: int,
     heads: Literal["mean", "max"] = "mean",
+    fused: bool = False,
 ) -> Tensor:
     """Score chunks of the context by one row of attention: mean weight a token, mean (or maximum) over heads.
 
@@ -36,12 +36,13 @@ def chunk_scores(
         scale, softcap: Of that layer.
         chunk_size: Tokens a chunk; the last one may be partial and is averaged over its own tokens.
         heads: How the heads' scores of a chunk become one.
+        fused: Whether to run the Triton kernel, where it takes these sizes.
 
     Returns:
         float32 [C], C = ceil(L / chunk_size).
     """
     groups, length, dim = key.shape
-    if key.is_cuda and _HAS_TRITON:
+    if fused:
         from specx import kernel_launch
 
         if (
@@ -49,7 +50,7 @@ def chunk_scores(
             and key.dtype in kernel_launch.DTYPES
             and chunk_size <= kernel_launch.MAX_CHUNK
         ):
-            rows = torch.tensor([length], dtype=torch.int32, device=key.device)
+            rows = sent([length], key.device, torch.int32)
             options: dict[str, Any] = {"scale": scale, "softcap": softcap, "chunk_size": chunk_size, "heads": heads}
             return kernel_launch.chunk_scores(key, query.to(key.dtype), lse.contiguous(), rows, **options)
     packed = query.reshape(groups, -1, dim).float().transpose(1, 2)

@@ -104,6 +104,8 @@ def _measured(model: Any, ids: Tensor, new: int, handle: Retrofit | None) -> Way
         model.eagenerate(ids[:, -64:], temperature=0.0, max_new_tokens=_WARM)
         for name in ("past_key_values", "past_key_values_data", "current_length_data"):
             vars(model).pop(name, None)  # its next call makes them again, and shall be seen to
+        if handle is not None:
+            handle.engine.release()
         forwards.clear()
         before, began = reset(ids.is_cuda), time.perf_counter()
         # Its own default would end after one step behind 2048 tokens.

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from specx.config import SamplingConfig
+from specx.cuda import sent
 from specx.tree import DraftTree
 
 # Processors that never look at the running ids: one call for all nodes.
@@ -76,8 +77,9 @@ class TokenChooser:
         if self.mode == "walk":
             return torch.tensor(self._along_the_walk(logits, tree, ids), device=logits.device)
         processed = torch.empty_like(logits, dtype=torch.float32)
-        for depth in range(int(tree.depths.max()) + 1):
-            nodes = (tree.depths == depth).nonzero().flatten()
+        depths = tree.depths.tolist()  # at once: each look at the device waits for it
+        for depth in range(max(depths) + 1):
+            nodes = sent([node for node, own in enumerate(depths) if own == depth], logits.device)
             running = torch.cat([ids.expand(len(nodes), -1), _path_tokens(tree, nodes, depth)], dim=1)
             processed[nodes] = self.processors(running, logits[nodes].float())
         return self._take(processed, len(ids) + tree.depths)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specx.cache import TreeCache
+from specx.cuda import GraphPool
 from specx.hf_attention import ScoredRows
 from specx.static_attention import Kernel
 
@@ -77,7 +78,7 @@ class StaticSteps:
         self.trouble: str | None = None
         self._steps: dict[tuple[Any, ...], _Step] = {}
         self._address: tuple[int, ...] = ()
-        self._pool: Any = None
+        self._pool: GraphPool | None = None
 
     def run(
         self,
@@ -97,12 +98,13 @@ class StaticSteps:
             tail_positions: int64 [P].
 
         Returns:
-            The step; its outputs hold for the first T rows until the next run of its shape.
+            The step; its outputs hold for the first T rows until the next run, of any shape.
         """
         bucket, pending = next(size for size in BUCKETS if size >= len(ids)), cache.pending
         cache.reserve(cache.committed + pending + bucket)
         if self._address != cache.address():  # it has moved: what was captured writes into freed memory
             self._steps.clear()
+            self._pool = None
         key = bucket, pending, taps, score_layer
         if key not in self._steps:
             self._steps[key] = _Step(bucket, pending, ids.device)
@@ -128,23 +130,14 @@ class StaticSteps:
 
     def _capture(self, step: "_Step", compute: Callable[[], None]) -> None:
         """Capture a step that has run before, and replay it; where it cannot be captured, say why."""
-        side, main = torch.cuda.Stream(step.ids.device), torch.cuda.current_stream(step.ids.device)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            compute()  # lazy initialisation on a stream of its own
-        main.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()  # forwards of one cache never overlap
+        self._pool = self._pool or GraphPool(step.ids.device)  # forwards of one cache never overlap
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                compute()
+            step.graph = self._pool.capture(compute)
         except RuntimeError as error:  # a host read, an op that cannot be captured
-            self.trouble = str(error).splitlines()[0][:150]
-            torch.cuda.synchronize()
+            self.trouble = str(error)
             compute()
-            return
-        step.graph = graph
-        graph.replay()
+        else:
+            step.graph.replay()
 
 
 class _Step:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specx.backends import additive, reference
+from specx.cuda import sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def triton_kernel() -> Kernel:
 
 def triton_move(keys: Tensor, values: Tensor, rows: Tensor, first: int) -> None:
     """Copy rows first + rows[i] of [n, B, G, capacity, D] to first + i, all layers in one launch."""
-    kernel_launch().commit_rows(keys, values, rows.int(), torch.tensor([first], dtype=torch.int32, device=keys.device))
+    kernel_launch().commit_rows(keys, values, rows.int(), sent([first], keys.device, torch.int32))
 
 
 def kernel_serves(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:

@@ -1,10 +1,15 @@
 """Every key and value that a draft has computed, outside its bounded cache, so that dropped tokens can come back."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from specx.cache import TreeCache
 from specx.rotary import Rotation
+
+Place = Literal["auto", "host", "device"]
+_SHARE = 8  # times its size must be free on a device; fetching tokens from host memory takes longer than a small step
 
 
 class KeyValueStore:
@@ -16,11 +21,12 @@ class KeyValueStore:
     Args:
         capacity: Tokens to allocate.
         rotation: Of the draft's keys.
-        on_device: Keep the store beside the cache instead of in host memory (pinned where the cache is on CUDA).
+        place: Where it lives: in host memory, on the device of the cache, or, with "auto", there if it takes no more
+            than an eighth of what is free (CUDA; in host memory elsewhere).
     """
 
-    def __init__(self, capacity: int, rotation: Rotation, on_device: bool = False) -> None:
-        self.capacity, self.rotation, self.on_device, self.length = capacity, rotation, on_device, 0
+    def __init__(self, capacity: int, rotation: Rotation, place: Place = "auto") -> None:
+        self.capacity, self.rotation, self.place, self.length = capacity, rotation, place, 0
         self._positions = torch.empty(capacity, dtype=torch.long)
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -41,7 +47,11 @@ class KeyValueStore:
         if self.length + rows > self.capacity:
             raise ValueError(f"cannot store {rows} more tokens: {self.length} of {self.capacity} places are taken")
         if self._keys is None or self._values is None:
-            self._keys, self._values = self._empty(keys), self._empty(values)
+            device = self._device(keys, values)
+            self._keys, self._values = (
+                torch.empty((*new.shape[:3], self.capacity, new.shape[4]), dtype=new.dtype, device=device)
+                for new in (keys, values)
+            )
         new = slice(self.length, self.length + rows)
         self._keys[:, :, :, new].copy_(keys)
         self._values[:, :, :, new].copy_(values)
@@ -65,11 +75,14 @@ class KeyValueStore:
         """Return the bytes allocated."""
         return sum(each.numel() * each.element_size() for each in (self._keys, self._values) if each is not None)
 
-    def _empty(self, like: Tensor) -> Tensor:
-        shape = (*like.shape[:3], self.capacity, like.shape[4])
-        if self.on_device:
-            return like.new_empty(shape)
-        return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+    def _device(self, *first: Tensor) -> torch.device:
+        """Say where a store that begins with these keys and values is to live."""
+        device = first[0].device
+        if self.place == "auto" and device.type == "cuda":
+            wanted = sum(each.nbytes // each.shape[3] for each in first) * self.capacity
+            free, _ = torch.cuda.mem_get_info(device)
+            return device if _SHARE * wanted <= free else torch.device("cpu")
+        return device if self.place == "device" else torch.device("cpu")
 
 
 def rows_in_place(held: Tensor, since: int, fed: int, keep: Tensor) -> int:

@@ -13,7 +13,7 @@ import specx
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports its own layer and those before it.
 LAYERS = [
-    {"config", "branches", "costs"},
+    {"config", "cuda", "branches", "costs"},
     {"candidates"},
     {"tree", "lookup"},
     {

@@ -11,6 +11,7 @@ from conftest import noised, pair, tiny_llama
 
 from specx import cli
 from specx.attention import reference
+from specx.cuda import GraphPool
 from specx.eval import bench
 from specx.eval.bench import Inputs, Problem, attention_row, contenders, inputs_of, median_ms, sdpa, tree_mask
 from specx.eval.bench_step import StepBench, SyncedGeneration, binary_tree, cache_bytes, context_of, weight_bytes
@@ -212,31 +213,57 @@ class TestOnCuda:
             def replay(self):
                 made.append("replay")
 
-        for name in ("stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, lambda given: nullcontext())
+        class Capture:
+            """As torch's: a capture that fails to end leaves its stream the current one."""
+
+            def __init__(self, graph, **options):
+                self.stream = options["stream"]
+
+            def __enter__(self):
+                made.append("begin")
+
+            def __exit__(self, kind, error, trace):
+                made.append("end")
+                if error is not None:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+        def note(name):
+            monkeypatch.setattr(torch._C, f"_cuda_{name}", lambda *which: made.append(name), raising=False)
+
+        note("clearCublasWorkspaces")
+        note("endAllocateToPool")
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.cuda, "stream", lambda given: nullcontext())
+        monkeypatch.setattr(torch.cuda, "device", lambda given: nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda given: made.append("main stream"))
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: made.append("sync"))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: made.append("empty"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda number: number)  # nothing on the first one
         return made
 
     def test_graphs(self, calls):
         replay = bench.captured(lambda: calls.append("run"), torch.device("cuda"))
-        assert calls == ["wait", "run", "wait", "run"]
+        own_workspace = ["clearCublasWorkspaces", "begin", "run", "end", "clearCublasWorkspaces"]
+        assert calls == ["wait", "run", "wait", *own_workspace]
+        calls.clear()
         assert median_ms(replay, torch.device("cuda"), 1, warm=0) >= 0
-        assert calls[4:] == ["sync", "replay", "sync"]
+        assert calls == ["sync", "replay", "sync"]
 
     def test_what_cannot_be_captured(self, calls):
-        runs = iter([None, RuntimeError("a host read")])
-
         def run():
-            if (error := next(runs)) is not None:
-                raise error
+            if calls[-1] == "begin":
+                raise RuntimeError("a host read\nand where")
 
         assert bench.captured(run, torch.device("cuda")) is None
-        assert calls[-1] == "sync"
+        assert calls[-4:] == ["main stream", "sync", "endAllocateToPool", "clearCublasWorkspaces"]
+        with pytest.raises(RuntimeError, match=r"^a host read$"):  # not what ending the capture says
+            GraphPool(torch.device("cuda")).capture(run)
 
     def test_ways_and_memory(self, calls, monkeypatch):
         pytest.importorskip("triton")

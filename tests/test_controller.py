@@ -254,6 +254,18 @@ def test_a_draft_that_does_not_pay_is_left(seed, noise, accept, level):
         assert world.ms < 1.03 * 2000 * plain.plain, "never slower than plain by more than 3 %"
 
 
+def test_a_draft_that_nearly_pays_costs_little():
+    """Believed in after a text on which it paid, and a little slower than plain decoding in the next, short one."""
+    ratios = []
+    for number, accept in enumerate((0.35, 0.4, 0.45) * 8):
+        before = Experience()
+        World(accept=0.75, level=3.0, seed=number).run(controller(before), 600)
+        world = World(accept=accept, level=3.0, seed=100 + number)
+        world.run(controller(before), 192)
+        ratios.append(world.ms / (192 * world.plain))
+    assert sum(ratios) / len(ratios) < 1.02
+
+
 def test_every_text_is_looked_at():
     """A draft that did not pay on one text is asked early in the next, and kept if it pays there."""
     before = Experience()

@@ -251,9 +251,12 @@ def test_rows_survive_a_cut_line(tmp_path):
 def test_aims_count_the_rows_that_meet_them():
     kernels = [{"method": "specx", "length": length, "share": share} for length, share in
                ((2048, 0.1), (32768, 0.85), (131072, 0.7))]  # fmt: skip
-    runs = [{"method": "auto", "length": length, "share_draft": 0.1, "efficiency": value} for length, value in
-            ((2048, 0.2), (15872, 0.8))]  # fmt: skip
-    steps = [{"part": "verify", "graphs": graphs, "ratio": 1.2} for graphs in (True, False)]
+    captured = {"no_graphs": None, "draft_no_graphs": None}
+    runs = [captured | {"method": "auto", "length": length, "share_draft": 0.1, "efficiency": value} for length, value
+            in ((2048, 0.2), (15872, 0.8))]  # fmt: skip
+    runs.append(runs[-1] | {"draft_no_graphs": "a host read"})
+    steps = [captured | {"part": "verify", "graphs": graphs, "ratio": 1.2} for graphs in (True, False)]
+    steps.append(steps[0] | {"no_graphs": "a host read"})
     (table,) = aims({"kernel": kernels, "end-to-end": runs, "step": steps})
     assert [line[1:] for line in table.rows] == [
         ["1 of 2", "0.85", "0.70"], ["1 of 1", "1.20", "1.20"], ["2 of 2", "0.10", "0.10"], ["1 of 1", "0.80", "0.80"],

@@ -1,6 +1,7 @@
 """Static steps give what ordinary forwards give. Without CUDA they run uncaptured, through the same buffers."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -124,6 +125,15 @@ def test_memory_goes_to_the_next_request_and_never_to_two():
     assert third.address() == address
     assert engine._steps[third] is steps
     assert (third.committed, third.pending) == (0, 0)
+
+
+def test_memory_of_an_inference_mode_serves_outside_of_it(prompt_of):
+    couple, outs = static_couple("llama-gqa"), []
+    for around in (torch.inference_mode, nullcontext):
+        with around():
+            outs.append(couple.generate(prompt_of(90), max_new_tokens=16, policy="auto").tokens)
+        gc.collect()  # the caches of the first call go to the second one
+    assert outs[0] == outs[1]
 
 
 def test_captured_steps_are_dropped_when_a_buffer_moves(prompt_of):

@@ -5,6 +5,7 @@ forward of the tokens that should lie there, deeper layers with what was compute
 """
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,9 +71,9 @@ def assert_rows_are(model: HFModel, cache: TreeCache, ids: torch.Tensor) -> None
         torch.testing.assert_close(found[0], own[0], **CLOSE)
 
 
-def stored(model: HFModel, rotation: Rotation, ids: torch.Tensor, capacity: int = 0, on_device: bool = False) -> Any:
+def stored(model: HFModel, rotation: Rotation, ids: torch.Tensor, capacity: int = 0, place: Any = "auto") -> Any:
     """A store of these tokens, and the cache that they were computed in."""
-    store, cache = KeyValueStore(capacity or len(ids), rotation, on_device), fed(model, ids)
+    store, cache = KeyValueStore(capacity or len(ids), rotation, place), fed(model, ids)
     store.append(cache, len(ids))
     return store, cache
 
@@ -85,13 +86,13 @@ def gathered(model: HFModel, store: KeyValueStore, indices: list[int]) -> TreeCa
     return cache
 
 
-@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_all_tokens_come_back_bit_for_bit(dtype, on_device, prompt_of):
+def test_all_tokens_come_back_bit_for_bit(dtype, place, prompt_of):
     model = HFModel(tiny_llama(num_hidden_layers=2).to(dtype))
     rotation = find_rotation(model, 64)
     assert rotation is not None
-    store, cache = stored(model, rotation, prompt_of(40), 50, on_device)
+    store, cache = stored(model, rotation, prompt_of(40), 50, place)
     found = gathered(model, store, list(range(40)))
     for mine, own in zip(content(found), content(cache), strict=True):
         assert mine.dtype == dtype
@@ -139,9 +140,9 @@ def test_nothing_is_gathered_by_no_index_or_from_nothing(engine, rotation, promp
     assert all(new.equal(old) for new, old in zip(content(cache), before, strict=True))
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-def test_memory_is_allocated_once_and_exactly(engine, rotation, on_device, prompt_of):
-    store, cache = KeyValueStore(12, rotation, on_device), fed(engine, prompt_of(5))
+@pytest.mark.parametrize("place", ["auto", "host", "device"])
+def test_memory_is_allocated_once_and_exactly(engine, rotation, place, prompt_of):
+    store, cache = KeyValueStore(12, rotation, place), fed(engine, prompt_of(5))
     assert store.nbytes() == 0
     for rows in (5, 4, 3):
         if store.length:
@@ -153,6 +154,16 @@ def test_memory_is_allocated_once_and_exactly(engine, rotation, on_device, promp
     assert all(new.equal(old) for new, old in both)
     with pytest.raises(ValueError, match="cannot store 1 more tokens: 12 of 12 places are taken"):
         store.append(cache, 1)
+
+
+@pytest.mark.parametrize(("free", "found"), [(8 * 2 * 100 * 6, "cuda:1"), (8 * 2 * 100 * 6 - 1, "cpu")])
+def test_auto_takes_a_device_with_enough_free_memory(rotation, monkeypatch, free, found):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    three_rows = SimpleNamespace(device=torch.device("cuda:1"), nbytes=18, shape=(1, 1, 1, 3, 3))
+    places = [
+        KeyValueStore(100, rotation, place)._device(three_rows, three_rows) for place in ("auto", "host", "device")
+    ]
+    assert places == [torch.device(found), torch.device("cpu"), torch.device("cuda:1")]
 
 
 def test_appended_in_pieces_and_from_a_tree(engine, rotation, prompt_of):
@@ -467,7 +478,7 @@ def test_a_switch_in_mid_generation(tiny, prompt_of, store, monkeypatch):
         waited.append(draft.waiting)
         refresh(draft, keep)
         assert draft.store is not None
-        assert draft.store.on_device == (store == "device")
+        assert draft.store.place == store
         assert draft.cached + draft.waiting == len(keep) + 1
         assert_rows_are(draft.model, draft.cache, draft._ids.all()[keep[: draft.cached]])
 

@@ -23,7 +23,7 @@ own = target.generate(ids[None], max_new_tokens=16, do_sample=False)[0, 90:].tol
 
 attention.choose_backend = lambda name, device: ("triton", "interpreted")
 launched = set()
-for name in ("tree_attention", "commit_rows"):
+for name in ("tree_attention", "commit_rows", "chunk_scores"):
     def watched(*args, name=name, launch=getattr(static_attention.kernel_launch(), name), **options):
         launched.add(name)
         return launch(*args, **options)
@@ -31,10 +31,10 @@ for name in ("tree_attention", "commit_rows"):
 engine, small = HFModel(target, graphs=True), HFModel(noised(target, 0.01), graphs=True)
 assert engine.backend == "triton" and engine.no_graphs is None
 couple = SpeculativeModel(engine, ClassicModel("tiny", small, engine.vocab_size, 64, "the test"), None, FIXED)
-out = couple.generate(ids, max_new_tokens=16, policy="auto")
+out = couple.generate(ids, max_new_tokens=16, policy="auto", chunk_size=4)
 assert out.tokens == own, (out.tokens, own)
 assert out.stats["tau"] > 1.3, out.stats["tau"]
-assert launched == {"tree_attention", "commit_rows"}, launched
+assert launched == {"tree_attention", "commit_rows", "chunk_scores"}, launched
 
 odd = HFModel(tiny_llama(head_dim=24), graphs=True)  # no kernel for such heads
 assert "heads of 24" in odd.no_graphs

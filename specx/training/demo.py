@@ -172,6 +172,8 @@ def train(
     teacher: LlamaForCausalLM | None = None,
 ) -> Any:
     """Train one model, resuming where it was left; losses go to `folder/log.jsonl`."""
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # an Accelerator takes the current one
     task = task_of(recipes[0], teacher).to(device)
     accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
     loop = Loop(task, optimizers_of(task.model), folder, accelerator, bf16=True, save_seconds=SAVE_SECONDS)

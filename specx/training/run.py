@@ -61,6 +61,8 @@ def train(job: Job) -> dict[str, Any]:
     device = check_device(job.load.device or default_device())
     config = job.config
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # an Accelerator takes the current one
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")  # the loop has its own
     fresh = accelerator.is_main_process and not job.out.exists()
     try:

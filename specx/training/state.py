@@ -69,6 +69,6 @@ def load_state(folder: Path, model: nn.Module, optimizers: Sequence[Any], device
         state: dict[int, dict[str, Any]] = {}
         for key, tensor in load_file(found[-1] / f"optimizer-{number}.safetensors", device=str(device)).items():
             index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = tensor
+            state.setdefault(int(index), {})[name] = tensor.cpu() if name == "step" else tensor  # as AdamW has it
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return Progress(**json.loads((found[-1] / "progress.json").read_text()))
