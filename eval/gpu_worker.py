@@ -62,7 +62,8 @@ def work(job: Job, setup: Setup, say: Callable[[str], None]) -> bool:
             row = run_task(section, task, clock, deadline)
             append_row(file, row)
             say(f"{section}: {task.name}: {row['status']} {row.get('message', '')} ({row.get('seconds', 0):.1f} s)")
-            if row["status"] == "failed" or (row.get("no_graphs") and setup.device.type == "cuda"):
+            uncaptured = row.get("no_graphs") or row.get("draft_no_graphs") or row.get("graph") is False
+            if row["status"] == "failed" or (uncaptured and setup.device.type == "cuda"):
                 if not healthy(setup.device):
                     return False
                 free(setup.device)  # it may have run out of memory
@@ -113,7 +114,7 @@ def healthy(device: torch.device) -> bool:
     """Tell whether the device still computes; after a fault, or a capture that failed, it may not in this process."""
     try:
         synchronize(device)
-        torch.rand(1, device=device)  # its generator fails for good in the middle of a capture
+        torch.rand(1, device=device)  # raises where its generator takes a capture for still under way
         if device.type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
             return False
         return torch.ones(2, device=device).sum().item() == 2.0

@@ -5,6 +5,7 @@ fast. Here the text is given, a document's own continuation, so that every setti
 differs is how many of them the draft and the context foresee, and what that takes.
 """
 
+import copy
 import math
 import os
 import random
@@ -100,6 +101,8 @@ def _place(
     target.prefill(ids)
     for spec in chain(*turns):
         target.score_layer, target.taps = (None, ()) if spec.name in ("plain", "lookup") else reads
+        if ids.is_cuda:  # captures for the caches' sizes, which another setting's run may have thrown away
+            _run(model, spec, ids, text, target, copy.deepcopy(experience[spec.text]))
         stats = _run(model, spec, ids, text, target, experience[spec.text]).stats
         yield {
             "document": span.document, "position": span.position, "context": context, "method": spec.text,

@@ -1,5 +1,6 @@
 """Decode speed, time to first token and exactness: all methods on each prompt in turn, in one process."""
 
+import copy
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +36,7 @@ def one(
     """Yield a row for every method on one prompt; plain greedy decoding by Hugging Face is the truth for exactness.
 
     On CUDA each run follows one like it that does not count: what is compiled or captured for this length, which
-    another method's run may have thrown away, is there again.
+    another method's run may have thrown away, is there again. What the controller knows of texts is put back.
 
     Where a method fails or is interrupted, the rows of the prompt's earlier ones come first.
 
@@ -50,7 +51,9 @@ def one(
     try:
         for name in turned:
             if device.type == "cuda":
+                before = copy.deepcopy(model.experience)
                 methods[name](prompt.ids.to(device), new)
+                before.costs, model.experience = model.experience.costs, before
             runs[name], loads[name] = methods[name](prompt.ids.to(device), new), os.getloadavg()[0]
         truth = truth_of(model, prompt.ids, new, runs) if greedy else None
     except (Exception, KeyboardInterrupt) as error:

@@ -20,8 +20,8 @@ from specx.tree import FEW, LOOK_BACK, Plan
 from specx.worth import DraftWorth
 
 _STAY = 1.05  # how much better the other choice, with or without the draft, must be
-_DOUBT = 1.15  # how much better the draft must be where it has lost more than the share and credit below
-_LOSS_SHARE, _LOSS_CREDIT = 0.01, 2.0  # of all time, and in plain steps' time
+_DOUBT = 1.1  # how much better the draft must be where it has lost more than the share and credit below
+_LOSS_SHARE, _LOSS_CREDIT, _KEPT_GAINS = 0.01, 2.0, 8.0  # of all time; in plain steps' time
 _SAME = 1.05  # the same among shapes of the draft's tree
 _VISIT = 8  # rounds over which the cost of catching up is spread
 _PROBE_SHARE = 0.01  # of all time that may be lost by asking a draft that does not seem to pay
@@ -132,8 +132,8 @@ class AutoController:
         better = drafted.tokens * margin - free.tokens > (pace or free.rate) * (drafted.ms - free.ms)
         if free.plan.nodes == 1:
             self._pays = better
+        self._instead = free.rate
         if better:
-            self._instead = free.rate
             return self._decide(drafted, "better than", drafted.mode, free)
         if self._asked < self._opening and free.plan.nodes == 1:
             return self._decide(drafted, "to see what the draft is worth here", drafted.mode)
@@ -183,7 +183,7 @@ class AutoController:
             self._since_draft += done.emitted
             self._since_probe += sum(beside) + 1
             return
-        late = done.waiting - FEW
+        late, measured = done.waiting - FEW, costs.known(shape)
         if late > 0:
             costs.add_catch_up(shape, late, done.context, done.ms + done.refresh_ms)
         else:
@@ -199,9 +199,15 @@ class AutoController:
         if self.mode == "probe":
             self._after_probe(done, len(told))
         else:
-            spent = min(done.ms, 2 * choice.ms) + done.refresh_ms  # no more than that is the draft's doing
-            self._lost = max(0.0, self._lost + spent - done.emitted / self._instead)
             self._probe_every, self._since_probe = max(_PROBE_EVERY, self._probe_every // 2), 0
+            if measured:  # else it may have compiled something
+                self._weigh(done, choice)
+
+    def _weigh(self, done: Round, choice: Choice) -> None:
+        """Count what a round with the draft has lost, or gained; a few steps' gains are kept against bad luck."""
+        spent = min(done.ms + done.refresh_ms, 2 * choice.ms)  # no more than that is the draft's doing
+        kept = -_KEPT_GAINS * self._ms(PLAIN, done.context)
+        self._lost = max(kept, self._lost + spent - done.emitted / self._instead)
 
     def _after_probe(self, done: Round, told: int) -> None:
         """Ask more rarely from now on, unless it told little: one tree may be chance."""

@@ -24,15 +24,17 @@ class GraphPool:
     def __init__(self, device: torch.device) -> None:
         # One stream of its own: libraries keep memory for each stream they have seen, and torch's own capture stream
         # belongs to whichever device was current when it was made.
-        self.device, self._stream = device, torch.cuda.Stream(device)
+        self._index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", self._index)
+        self._stream = torch.cuda.Stream(self.device)
         self._handle = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         """Run `run` once, then capture it.
 
         Raises:
-            RuntimeError: If it cannot be captured, say because it reads something on the host. Nothing has changed
-                then, and `run` can be run as before.
+            RuntimeError: If it cannot be captured, say because it reads something on the host. `run` can be run as
+                before then.
         """
         began = time.perf_counter()
         main, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
@@ -61,7 +63,8 @@ class GraphPool:
         torch.cuda.set_stream(main)
         torch.cuda.synchronize(self.device)
         with suppress(Exception):  # it has ended by itself
-            torch._C._cuda_endAllocateToPool(self.device.index, self._handle)
+            torch._C._cuda_endAllocateToPool(self._index, self._handle)
+            torch._C._cuda_releasePool(self._index, self._handle)
 
 
 def sent(numbers: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

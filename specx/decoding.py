@@ -212,12 +212,12 @@ class _Request:
         if not self.policy.due(length, self.draft.cached, self.draft.waiting, self.steps_since):
             self.steps_since += 1
             return 0.0
-        before = self.out.seconds["retrieval"]
+        before = self.out.seconds["retrieval"] - GraphPool.seconds
         with self.out.clock("retrieval"):
             kept = self._select(self.policy, self.last_node, length)
             self.draft.refresh(kept.indices)
         self.steps_since, self.kept = 1, kept.chunks
-        return self.out.seconds["retrieval"] - before
+        return self.out.seconds["retrieval"] - GraphPool.seconds - before
 
     def cut(self, found: Walk) -> Walk:
         """Cut a step behind the token that ends the generation and say why it ends."""

@@ -44,6 +44,8 @@ class KeyValueStore:
             positions: That the keys were rotated to, int64 [K]; 0 for keys that were not rotated.
         """
         rows = len(positions)
+        if not rows:
+            return
         if self.length + rows > self.capacity:
             raise ValueError(f"cannot store {rows} more tokens: {self.length} of {self.capacity} places are taken")
         if self._keys is None or self._values is None:

@@ -74,7 +74,7 @@ class Target:
             self.cache.commit(range(len(chunk)))
             if self._recorded is not None:
                 host = {layer: features.cpu() for layer, features in self._last.features.items()}
-                self._recorded.append(replace(self._last, features=host))
+                self._recorded.append(replace(self._last, features=host, scored=None))
             if on_chunk is not None:
                 on_chunk(self._last)
         assert self._last is not None

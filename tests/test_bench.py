@@ -232,6 +232,8 @@ class TestOnCuda:
 
         note("clearCublasWorkspaces")
         note("endAllocateToPool")
+        note("releasePool")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
         monkeypatch.setattr(torch.cuda, "stream", lambda given: nullcontext())
         monkeypatch.setattr(torch.cuda, "device", lambda given: nullcontext())
@@ -261,7 +263,7 @@ class TestOnCuda:
                 raise RuntimeError("a host read\nand where")
 
         assert bench.captured(run, torch.device("cuda")) is None
-        assert calls[-4:] == ["main stream", "sync", "endAllocateToPool", "clearCublasWorkspaces"]
+        assert calls[-5:] == ["main stream", "sync", "endAllocateToPool", "releasePool", "clearCublasWorkspaces"]
         with pytest.raises(RuntimeError, match=r"^a host read$"):  # not what ending the capture says
             GraphPool(torch.device("cuda")).capture(run)
 

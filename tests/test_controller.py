@@ -266,6 +266,18 @@ def test_a_draft_that_nearly_pays_costs_little():
     assert sum(ratios) / len(ratios) < 1.02
 
 
+def test_a_draft_that_pays_a_little_is_not_given_up_after_bad_luck():
+    """A tree of two levels gives 1.75 tokens in 1.58 plain steps' time."""
+    ratios = []
+    for seed in range(16):
+        before = Experience()
+        World(accept=0.5, level=2.5, seed=seed).run(controller(before), 600)
+        world = World(accept=0.5, level=2.5, seed=100 + seed)
+        world.run(controller(before), 400)
+        ratios.append(world.ms / (400 * world.plain))
+    assert sum(ratios) / len(ratios) < 0.97
+
+
 def test_every_text_is_looked_at():
     """A draft that did not pay on one text is asked early in the next, and kept if it pays there."""
     before = Experience()

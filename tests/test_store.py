@@ -134,7 +134,10 @@ def test_nothing_is_gathered_by_no_index_or_from_nothing(engine, rotation, promp
     store, cache = stored(engine, rotation, prompt_of(9))
     before, none = content(cache), torch.empty(0, dtype=torch.long)
     store.gather(none, cache)
-    KeyValueStore(4, rotation).gather(none, cache)
+    empty = KeyValueStore(4, rotation)
+    empty.gather(none, cache)
+    empty.append(cache, 0)
+    assert empty.nbytes() == 0
     store.append(cache, 0)
     assert (cache.committed, store.length) == (9, 9)
     assert all(new.equal(old) for new, old in zip(content(cache), before, strict=True))
