@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 _SAMPLES = 9  # the newest ones of a shape
 _ENOUGH, _MANY = 2, 5  # of them before they are used at all, and before they are believed over better known shapes
@@ -24,8 +24,7 @@ class CostPrior(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):  # hashed and compared a dozen times a round, which a dataclass does in Python
     """A kind of round whose cost is one figure: levels that the draft drafts (0: it is not asked), rows, branching."""
 
     levels: int
