@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ _DRAFT, _DRAFT_FIRST = 0x1F, 0x20  # 1 + bucket of the draft's probability (0: n
 _MATCH, _MATCH_FIRST = 0x7C0, 0x800  # length of the match (0: not from the context); best of its siblings
 _MATCH_SHIFT, _RANK_SHIFT = 6, 12
 _BITS = 64
+_Codes = TypeVar("_Codes", int, Tensor)
 
 
 def key_of(token: int, depth: int) -> int:
@@ -87,8 +89,8 @@ def draft_codes(buckets: Tensor, parents: Tensor) -> Tensor:
     return buckets + 1 + first * _DRAFT_FIRST
 
 
-def with_ranks(codes: Tensor, ranks: Tensor) -> Tensor:
-    """Return origins with the rank of each node, int64 [N] from 0."""
+def with_ranks(codes: _Codes, ranks: _Codes) -> _Codes:
+    """Return origins, one or int64 [N], with the rank of each node, from 0."""
     return codes + ((ranks + 1) << _RANK_SHIFT)
 
 

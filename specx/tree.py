@@ -8,6 +8,7 @@ What the context offers (`Plan.branches`) competes for the same nodes.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,18 +79,17 @@ class DraftTree:
     def single(cls, root: int, device: torch.device | str = "cpu") -> "DraftTree":
         """Return the tree of the root alone: verifying it is one step of plain decoding."""
         zero = torch.zeros(1, dtype=torch.long, device=device)
-        return cls(zero + root, zero - 1, zero, zero.float())
+        return cls(zero + root, zero - 1, zero, zero.float(), _lists=[[root], [-1], [-1], [0]])
 
     @classmethod
     def of_branches(cls, root: int, branches: Branches, device: torch.device) -> "DraftTree":
         """Return the tree of what the context offers, with no draft."""
-        lists = torch.tensor(
-            [[root, *branches.tokens], [-1, *branches.parents], [0, *branches.depths], [0, *branches.origins()]]
-        )
-        lists[3, 1:] = with_ranks(lists[3, 1:], torch.arange(len(branches)))
-        tokens, parents, depths, origins = lists.to(device, non_blocking=True)
+        origins = [with_ranks(code, rank) for rank, code in enumerate(branches.origins())]
+        known = [[root, *branches.tokens], [-1, *branches.parents], [-1, *branches.parents], [0, *origins]]
+        lists = torch.tensor([*known, [0, *branches.depths]]).to(device, non_blocking=True)
+        tokens, parents, _, codes, depths = lists
         scores = torch.tensor([1.0, *branches.paths]).log().to(device, non_blocking=True)
-        return cls(tokens, parents, depths, scores, None, origins)
+        return cls(tokens, parents, depths, scores, None, codes, known)
 
     def to(self, device: torch.device) -> "DraftTree":
         """Return the tree on `device`."""
@@ -100,30 +100,27 @@ class DraftTree:
         return DraftTree(tokens, parents, depths, scores, self.rows, self.origins, self._lists)
 
     def lists(self, more: Tensor | None = None) -> list[list[int]]:
-        """Return tokens, parents, rows, origins and `more`, int64 [T], as lists: one transfer for all of them.
-
-        Without `more` they are those of the last call.
-        """
-        if more is not None or not self._lists:
-            unknown = torch.zeros_like(self.tokens)
-            found = [self.parents if self.rows is None else self.rows]
-            found += [unknown if self.origins is None else self.origins, *([] if more is None else [more])]
-            parts = [self.tokens, self.parents, *(each.to(self.tokens.device) for each in found)]
-            self._lists[:] = torch.stack(parts).tolist()
-        return self._lists
+        """Return tokens, parents, rows, origins and `more`, int64 [T], as lists: one transfer for all of them."""
+        if self._lists:
+            return self._lists if more is None else [*self._lists, more.tolist()]
+        unknown = torch.zeros_like(self.tokens)
+        found = [self.parents if self.rows is None else self.rows]
+        found += [unknown if self.origins is None else self.origins, *([] if more is None else [more])]
+        lists = torch.stack([self.tokens, self.parents, *(each.to(self.tokens.device) for each in found)]).tolist()
+        self._lists[:] = lists[:4]
+        return lists
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def mask(self) -> Tensor:
         """Return bool [T, T]: row i marks node i and its ancestors."""
-        size = len(self)
-        itself = torch.eye(size, dtype=torch.bool, device=self.tokens.device)
-        mask = itself | itself[self.parents.clamp(min=0)]
-        reach = 1
-        while reach < size - 1:  # squaring the relation doubles the generations that a row reaches
-            mask, reach = (mask.float() @ mask.float()) > 0, reach * 2
-        return mask
+        if not self._lists and self.tokens.device.type != "cpu":
+            return ancestors(self.parents)
+        seen = np.eye(len(self), dtype=bool)
+        for node, parent in enumerate(self.lists()[1][1:], 1):
+            seen[node] |= seen[parent]
+        return torch.from_numpy(seen).to(self.tokens.device, non_blocking=True)
 
     def path(self, node: int) -> list[int]:
         """Return the node indices from the root to `node`, both included."""
@@ -132,6 +129,17 @@ class DraftTree:
             found.append(node)
             node = parents[node]
         return found[::-1]
+
+
+def ancestors(parents: Tensor) -> Tensor:
+    """Return bool [T, T] for parents, int64 [T]: row i marks i and its ancestors. Nothing is read on the host."""
+    size = len(parents)
+    itself = torch.eye(size, dtype=torch.bool, device=parents.device)
+    mask = itself | itself[parents.clamp(min=0)]
+    reach = 1
+    while reach < size - 1:  # squaring the relation doubles the generations that a row reaches
+        mask, reach = (mask.float() @ mask.float()) > 0, reach * 2
+    return mask
 
 
 def ranks_of(logits: Tensor, tokens: Tensor, vocabulary: Tensor | None = None) -> list[int]:

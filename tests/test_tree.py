@@ -2,11 +2,13 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from specx.tree import DraftTree, Plan, grow
+from specx.lookup import Lookup
+from specx.tree import DraftTree, Plan, ancestors, grow
 
 SEEDS = pytest.mark.parametrize("seed", range(20))
 
@@ -128,12 +130,13 @@ def test_mask_marks_exactly_the_ancestors(seed):
     tree = random_tree(seed)
     mask, parents = tree.mask(), tree.parents.tolist()
     for node in range(len(tree)):
-        ancestors, at = set(), node
+        found, at = set(), node
         while at >= 0:
-            ancestors.add(at)
+            found.add(at)
             at = parents[at]
-        assert set(mask[node].nonzero().flatten().tolist()) == ancestors
-        assert tree.path(node) == sorted(ancestors)
+        assert set(mask[node].nonzero().flatten().tolist()) == found
+        assert tree.path(node) == sorted(found)
+    assert ancestors(tree.parents).equal(mask)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65])
@@ -141,6 +144,16 @@ def test_mask_of_a_chain_is_a_triangle(size):
     steps = torch.arange(size)
     chain = DraftTree(steps, steps - 1, steps, torch.zeros(size))
     assert chain.mask().equal(torch.ones(size, size, dtype=torch.bool).tril())
+    assert ancestors(chain.parents).equal(chain.mask())
+
+
+def test_lists_known_beforehand_are_those_of_the_tensors():
+    lookup = Lookup()
+    lookup.extend([1, 2, 3, 4, 1, 2, 5, 6, 1, 2])
+    for tree in (DraftTree.single(7), DraftTree.of_branches(2, lookup.branches(6, 4), torch.device("cpu"))):
+        more = torch.arange(len(tree))
+        assert tree.lists(more) == replace(tree, _lists=[]).lists(more)
+        assert tree.lists() == tree.lists(more)[:4]
 
 
 @pytest.mark.parametrize("style", ["smooth", "ties", "one-hot", "huge", "peaked", "flat"])
