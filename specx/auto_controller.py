@@ -73,6 +73,7 @@ class AutoController:
         experience: From earlier texts; goes on learning.
         drafts: Whether there is a draft model.
         explain: Told each decision that differs in kind from the one before, in words; None: nobody is.
+        copying: Nodes of the largest tree from the context alone, if more than those of `tree`.
 
     Attributes:
         mode: Of the last plan: plain, lookup, chain, tree, or probe.
@@ -85,12 +86,14 @@ class AutoController:
         experience: Experience,
         drafts: bool,
         explain: list[str] | None = None,
+        copying: int = 1,
     ) -> None:
         self.tree, self.scale, self.costs, self.explain = tree, scale, experience.costs, explain
         self.mode = "plain"
         plans = [replace(plan, scale=scale) for plan in _draft_shapes(tree)] if drafts else []
         self._shapes = [(plan, Shape(plan.depth + 1, plan.nodes, plan.beam)) for plan in plans]
-        self._lookups = [Shape(0, size) for size in BUCKETS[1:] if size <= bucket(tree.nodes)]
+        self._most = max(tree.nodes, copying)
+        self._lookups = [Shape(0, size) for size in _lookup_sizes(tree.nodes, self._most)]
         self._rounds, self._known = 0, dict[Shape, float]()
         self._instead = 1.0  # tokens a millisecond that were expected without the draft when it was asked last
         families = list(dict.fromkeys((plan.nodes, plan.beam) for plan in plans))
@@ -115,6 +118,8 @@ class AutoController:
         self._rounds += 1
         if remaining <= 1 or self.tree.nodes == 1:
             return self._decide(self._plain(context), "no token beyond it is wanted", "plain")
+        if not self.costs.known(PLAIN):
+            return self._time_plain(context)
         free = self._without_draft(offer, context)
         if not self._shapes:
             return self._decide(free, "the best without a draft", free.mode)
@@ -122,9 +127,7 @@ class AutoController:
             return self._decide(free, "the draft did not pay lately", free.mode)
         drafted = self._with_draft(remaining, offer, context, waiting)
         if self._wants_plain(max(drafted.rate, free.rate)):
-            return self._decide(
-                self._plain(context), "to know what a plain step costs", "plain", drafting=self._drafting
-            )
+            return self._time_plain(context)
         pace = self._stretches.pace_beyond(max(drafted.rate, free.rate))
         if pace:
             drafted = self._with_draft(remaining, offer, context, waiting, pace)
@@ -234,17 +237,19 @@ class AutoController:
         return choice.plan
 
     def _wants_plain(self, rate: float) -> bool:
-        """Tell whether a plain step is to be timed: at first until it is known, then ever more rarely.
+        """Tell whether a plain step is to be timed again: ever more rarely.
 
         Far more rarely where `rate`, tokens a millisecond, is so much better that no figure would change anything.
         """
-        if not self.costs.known(PLAIN):
-            return True
         clear = rate * self._ms(PLAIN, self._context) > _CLEAR
         if self._since_plain < self._plain_every * (_SELDOM if clear else 1):
             return False
         self._plain_every = min(2 * self._plain_every, _PLAIN_AT_MOST)
         return True
+
+    def _time_plain(self, context: int) -> Plan:
+        why = "to know what a plain step costs"
+        return self._decide(self._plain(context), why, "plain", drafting=self._drafting)
 
     def _plain(self, context: int) -> Choice:
         return Choice(_ALONE, PLAIN, 1.0, self._ms(PLAIN, context))
@@ -264,7 +269,7 @@ class AutoController:
             return best
         expected, rate, limit = offer.expected(), best.rate, len(offer)
         for shape in self._lookups:
-            count = min(shape.nodes, self.tree.nodes, limit + 1) - 1
+            count = min(shape.nodes, self._most, limit + 1) - 1
             tokens, ms = 1 + expected[count], self._ms(shape, context)
             if tokens / ms > rate:
                 rate = tokens / ms
@@ -327,6 +332,14 @@ class AutoController:
 def bucket(nodes: int) -> int:
     """Return the number of rows that a tree of so many nodes is padded to."""
     return next(size for size in BUCKETS if size >= nodes)
+
+
+def _lookup_sizes(nodes: int, most: int) -> list[int]:
+    """Return the sizes of the context's trees to choose from: each may become a CUDA graph, so few large ones."""
+    sizes = [size for size in BUCKETS[1:] if size <= bucket(nodes)]
+    while sizes and sizes[-1] < most:
+        sizes.append(bucket(min(2 * sizes[-1], most)))
+    return sizes
 
 
 def _draft_shapes(tree: TreeConfig) -> Sequence[Plan]:

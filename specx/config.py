@@ -157,6 +157,13 @@ class RoundConfig(Checked):
         "off: always the whole tree. Default: auto with --use-specextend, else off.",
         choices=("auto", "off"),
     )
+    copy_nodes: int = option(
+        64,
+        "Nodes, where that is more, of a tree from the context alone while a long passage is being copied; only the "
+        "controller makes such trees.",
+        low=1,
+        high=256,
+    )
 
 
 # What measures a draft itself: it alone drafts, its whole tree in every round.
@@ -215,8 +222,16 @@ class Settings:
 
     @property
     def controlled(self) -> bool:
-        """Whether a controller chooses what each round may spend."""
-        return self.use_specextend if self.rounds.controller is None else self.rounds.controller == "auto"
+        """Whether a controller chooses what each round may spend. A tree's shape is meant as it is."""
+        wanted = self.use_specextend if self.rounds.controller is None else self.rounds.controller == "auto"
+        return wanted and self.tree.tree_shape is None
+
+    @property
+    def largest_tree(self) -> int:
+        """Nodes of the largest tree there can be."""
+        return (
+            max(self.tree.nodes, self.rounds.copy_nodes) if self.controlled and self.tree.nodes > 1 else self.tree.nodes
+        )
 
     def override(self, **options: Any) -> Self:
         """Return a copy with flat option names replaced.

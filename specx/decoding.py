@@ -118,14 +118,16 @@ class _Request:
         experience: Experience | None,
     ) -> None:
         self.out, self.settings, self.stop = out, settings, stop
-        tree, wanted = settings.tree, settings.stopping.max_new_tokens
+        wanted = settings.stopping.max_new_tokens
         self.policy = policy_of(model, draft_model, settings, len(ids) + wanted, out.notes) if draft_model else None
         scored = self.policy is not None and self.policy.top_chunks > 0
         layer = settings.cache.score_layer if settings.cache.score_layer is not None else model.score_layer()
         self.taps = tuple(draft_model.taps) if draft_model else ()
         if target and not set(self.taps) <= set(target.taps):
             raise ValueError(f"the draft reads layers {self.taps} of the target, which was made to give {target.taps}")
-        self.target = target or Target(model, len(ids) + wanted + tree.nodes, layer if scored else None, self.taps)
+        self.target = target or Target(
+            model, len(ids) + wanted + settings.largest_tree, layer if scored else None, self.taps
+        )
         self.draft: Draft | None = None
         if draft_model and self.policy:
             self.draft = started(draft_model, self.policy, settings, len(ids) + wanted, out.notes)
@@ -134,8 +136,7 @@ class _Request:
         looks = draft_model is not None and (settings.lookup or not self.draft)
         if draft_model and not self.draft and settings.rounds.lookup is False:
             raise ValueError(f"draft {draft_model.name} drafts from the context only: leave --no-lookup away")
-        controlled = settings.controlled and tree.tree_shape is None  # a shape is meant as it is
-        usual = (experience or Experience()) if controlled else None
+        usual = (experience or Experience()) if settings.controlled else None
         lookup = Lookup(usual.matches if usual else None) if looks else None
         self.sources = Sources(self.draft, lookup, model.device)
         self.controller = self._controller(usual)
@@ -180,12 +181,13 @@ class _Request:
             return FixedController(None)
         if usual is None:
             return FixedController(tree, sources.scale if sources.lookup else None)
-        return AutoController(tree, sources.scale, usual, bool(sources.draft), self.out.decisions)
+        most = self.settings.largest_tree
+        return AutoController(tree, sources.scale, usual, bool(sources.draft), self.out.decisions, most)
 
     def plan(self) -> Plan:
         """Return what the next round may spend."""
         remaining, context = self.settings.stopping.max_new_tokens - len(self.out.tokens), len(self.ids)
-        offer = self.sources.offer(self.settings.tree.nodes, remaining - 1)
+        offer = self.sources.offer(self.settings.tree.nodes, remaining - 1, self.settings.largest_tree)
         return self.controller.plan(remaining, offer, context, self.sources.waiting)
 
     def learn(self, plan: Plan, tree: DraftTree, whole: Walk, seconds: float, refreshed: float, waiting: int) -> None:

@@ -91,13 +91,18 @@ class Lookup:
         """Append tokens."""
         self.index.extend(tokens)
 
-    def branches(self, limit: int, depth: int) -> Branches:
+    def branches(self, limit: int, depth: int, copying: int = 0) -> Branches:
         """Return the at most `limit` continuations most likely to be accepted, none deeper than `depth`.
 
         The longest match proposes first; what others propose beside it shares what it leaves of the probability.
+
+        Args:
+            copying: The limit, where that is more, behind a match so long that a passage is being copied.
         """
+        matches = self.index.matches() if limit > 0 and depth > 0 else []
+        if matches and matches[0][1] == _LONGEST:
+            limit = max(limit, copying)
         known, reach = self.index.tokens, min(limit, depth)
-        matches = self.index.matches() if reach > 0 else []
         rates = [self.rates.of(length) for length in range(_LONGEST + 1)] if matches else []
         nodes: list[tuple[int, int, int, float, int, bool]] = []  # token, parent, depth, chance, length, first
         paths, share = [1.0], [1.0]  # of the root and the nodes; share: what their children left

@@ -54,9 +54,12 @@ class Sources:
             self.draft.prefill(ids, keep)
             self.draft.begin(root)
 
-    def offer(self, nodes: int, depth: int) -> Branches | None:
-        """Return what the context offers for the next tree of `nodes` nodes, none deeper than `depth`."""
-        self._offer = self.lookup.branches(nodes - 1, depth) if self.lookup else None
+    def offer(self, nodes: int, depth: int, copying: int = 1) -> Branches | None:
+        """Return what the context offers for the next tree of `nodes` nodes, none deeper than `depth`.
+
+        `copying`: nodes, where that is more, while a passage is being copied.
+        """
+        self._offer = self.lookup.branches(nodes - 1, depth, copying - 1) if self.lookup else None
         return self._offer
 
     def propose(self, plan: Plan) -> DraftTree:

@@ -492,7 +492,7 @@ ISSUE = """target draft use-specextend no-specextend input prompt chat no-chat m
     top-k top-p repetition-penalty seed stop policy draft-context chunk-size top-chunks retrieve-every sinks recent
      refill store score-heads score-layer nodes depth beam tree-threshold tree-shape backend dtype device device-map
      quantization
-     draft-vocab draft-vocab-size window-alignment lookup no-lookup controller explain
+     draft-vocab draft-vocab-size window-alignment lookup no-lookup controller copy-nodes explain
      pack-weights no-pack-weights graphs no-graphs profile no-profile
     trust-remote-code flash-prefill no-flash-prefill hybrid-attention no-hybrid-attention compare stats-json verbose
     debug help"""

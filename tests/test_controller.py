@@ -341,6 +341,24 @@ def test_the_context_alone_where_it_leads():
     assert modes.get("tree", 0) + modes.get("chain", 0) > 0.8 * sum(modes.values())
 
 
+def test_larger_trees_only_while_a_passage_is_copied():
+    """What a large tree costs is found out where it promises more, and what it gives decides."""
+    lookup = Lookup()
+    lookup.extend([*range(100, 300), *range(100, 120)])
+    offer = lookup.branches(15, 99, copying=64)
+    assert len(offer) == 64
+    found = {}
+    for node in (0.02, 20.0):
+        world, sizes = World(node=node, plain=10.0), []
+        model = AutoController(TREE, Calibration(), Experience(), False, copying=64)
+        plan = model.plan
+        model.plan = lambda *given, plan=plan, sizes=sizes: sizes.append(plan(*given)) or sizes[-1]
+        world.run(model, 2000, lambda: offer, right=0.98)
+        found[node] = [each.nodes for each in sizes[-20:] if each.nodes > 1]
+    assert min(found[0.02]) > 32
+    assert max(found[20.0], default=0) <= 16
+
+
 def test_a_draft_between_stretches_of_the_context_is_worth_less():
     """Tokens that the next stretch would have given anyway save no plain step."""
     stretches = Stretches()

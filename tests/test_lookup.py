@@ -92,6 +92,17 @@ def test_a_repetition_is_drafted_to_its_end():
     assert tree_of(started(tokens), 16).tokens.tolist() == list(range(19, 35))
 
 
+@pytest.mark.parametrize(("matched", "size"), [(15, 16), (16, 41), (17, 41)])
+def test_a_passage_that_is_being_copied_gets_a_larger_tree(matched, size):
+    lookup = Lookup()
+    lookup.extend([*range(100, 200), *range(110, 110 + matched)])
+    offer = lookup.branches(15, 99, copying=40)
+    assert len(offer) == size - 1
+    assert offer.tokens == list(range(110 + matched, 110 + matched + size - 1))
+    assert len(lookup.branches(15, 7, copying=40)) == 7, "none deeper than asked"
+    assert len(lookup.branches(50, 99, copying=40)) == 50, "the larger number counts"
+
+
 def test_rates_follow_what_happens():
     rates = MatchRates()
     assert 0 < rates.of(2) < rates.of(5) < rates.of(16) < 1
@@ -135,6 +146,21 @@ def test_exact_with_every_family(name, prompt_of):
         out = couple.generate(ids, max_new_tokens=30, policy=policy)
         assert_same(family(name), ids, out.tokens, own_tokens(family(name), ids, 30))
     assert out.stats["draft"] == "lookup"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_exact_while_copying(temperature):
+    """With trees larger than `nodes`, to the last token that is wanted."""
+    model = load(None, "lookup", dtype="float32")
+    prompt = model.tokenizer.encode("def a(self):\n    return self.b\n\n" * 12)
+    options = {"max_new_tokens": 150, "temperature": temperature, "seed": 1}
+    out = model.generate(prompt, trace=True, nodes=4, copy_nodes=48, **options)
+    assert out.tokens == model.generate(prompt, plain=True, **options).tokens
+    assert max(len(step["tokens"]) for step in out.trace) == 48 or temperature
+    assert (
+        max(len(step["tokens"]) for step in model.generate(prompt, trace=True, nodes=4, copy_nodes=1, **options).trace)
+        == 4
+    )
 
 
 def test_by_name_with_the_bundled_target():
