@@ -23,7 +23,7 @@ from specx.packed import steady_rows
 from specx.store import KeyValueStore, rows_in_place
 from specx.tree import FEW, LOOK_BACK, DraftTree, Plan, grow, ranks_of
 
-_UNFUSED = 128  # rounds whose features are kept as they are: they are larger than states
+_UNFUSED = 512  # tokens whose features are kept as they are: they are larger than states
 _UNSTORED = 128  # rounds whose entries are not yet in the store: writing them waits for the device
 
 
@@ -208,7 +208,7 @@ class EagleDraft:
         self.cache.rollback()
         self._features.append(self.model.features(step, walk.path))
         self._ids.append(walk.tokens)
-        if len(self._features) == _UNFUSED:
+        if self.waiting - len(self._states) > _UNFUSED:
             self._fuse()
 
     def _logits(self, read: Tensor) -> Tensor:

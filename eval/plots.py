@@ -6,7 +6,7 @@ from typing import Any
 
 from specx.data.documents import short_length
 from specx.eval.results_folder import Results, Row
-from specx.eval.summary import PARTS
+from specx.eval.summary import MOST_PLACES, PARTS
 
 # Readable on white and on near-black; distinct in lightness too, for readers who see no colours.
 COLOURS = ("#3b82d6", "#e0701a", "#1f9d63", "#c9447f", "#8b5fd0", "#0f9aa8", "#a8860b", "#d2453c", "#6f8f2f", "#5a6fb0")
@@ -111,11 +111,12 @@ def draw_accepted(axes: Any, folder: Results, palette: Palette) -> None:
         total = Counter[int]()
         for each in figures:
             if (each["method"], each["context"]) == (method, longest):
-                total.update({int(count): steps for count, steps in each["accepted_histogram"].items()})
+                for count, steps in each["accepted_histogram"].items():
+                    total[min(int(count), MOST_PLACES)] += steps
         places = [count + (number - (len(methods) - 1) / 2) * width for count in total]
         shares = [steps / total.total() for steps in total.values()]
         axes.bar(places, shares, width * 0.92, color=palette.colour(method))
-    axes.set_xlabel(f"drafted tokens accepted in a step, after {short_length(longest)}")
+    axes.set_xlabel(f"drafted tokens accepted in a step ({MOST_PLACES}: or more), after {short_length(longest)}")
     axes.set_ylabel("share of steps")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", linewidth=0.6)

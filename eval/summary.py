@@ -25,6 +25,7 @@ from specx.eval.units import Unit
 
 VERSION = 1
 FILE = "summary.json"
+MOST_PLACES = 16  # in a step that tables and charts tell apart; only copied passages reach more
 PARTS = ("draft", "verify", "retrieval", "other")
 Row = dict[str, Any]
 

@@ -15,7 +15,7 @@ from specx.data.documents import short_length
 from specx.eval.acceptance import BUCKET
 from specx.eval.methods import ABLATION, POLICIES
 from specx.eval.metrics import acceptance_rates, efficiency, paired_bootstrap_tau, pooled_tau
-from specx.eval.summary import accepted, place_of, plain_rates
+from specx.eval.summary import MOST_PLACES, accepted, place_of, plain_rates
 
 Row = dict[str, Any]
 PARTS = ("ms_draft", "ms_verify", "ms_retrieval", "ms_other")
@@ -222,7 +222,9 @@ def places_table(rows: list[Row], title: str) -> list[Table]:
         "Share of steps that accepted so many drafted tokens or more (of those that accepted one less, the share that "
         "did). retrieved: of the target's attention on chunks that no rule keeps, the share on those that were chosen."
     )
-    padded = [line + ["-"] * (len(header) - len(line)) for line in lines]
+    if most > MOST_PLACES:
+        header, note = header[: 3 + MOST_PLACES], f"{note} Places after {MOST_PLACES} are left out."
+    padded = [(line + ["-"] * len(header))[: len(header)] for line in lines]
     return [Table(f"Acceptance by place, {title}", note, header, padded)]
 
 

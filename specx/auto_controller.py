@@ -68,7 +68,7 @@ class AutoController:
     """Chooses each round's plan by expected tokens a millisecond.
 
     Args:
-        tree: The largest tree.
+        tree: The largest tree with the draft.
         scale: Of both sources.
         experience: From earlier texts; goes on learning.
         drafts: Whether there is a draft model.
@@ -92,7 +92,7 @@ class AutoController:
         self.mode = "plain"
         plans = [replace(plan, scale=scale) for plan in _draft_shapes(tree)] if drafts else []
         self._shapes = [(plan, Shape(plan.depth + 1, plan.nodes, plan.beam)) for plan in plans]
-        self._most = max(tree.nodes, copying)
+        self._most, self._padded = max(tree.nodes, copying), bucket(tree.nodes)
         self._lookups = [Shape(0, size) for size in _lookup_sizes(tree.nodes, self._most)]
         self._rounds, self._known = 0, dict[Shape, float]()
         self._instead = 1.0  # tokens a millisecond that were expected without the draft when it was asked last
@@ -269,6 +269,8 @@ class AutoController:
             return best
         expected, rate, limit = offer.expected(), best.rate, len(offer)
         for shape in self._lookups:
+            if shape.nodes > self._padded and limit + 1 < min(shape.nodes, self._most):
+                break  # a large shape is taken whole: it pads to its own size only
             count = min(shape.nodes, self._most, limit + 1) - 1
             tokens, ms = 1 + expected[count], self._ms(shape, context)
             if tokens / ms > rate:

@@ -67,8 +67,12 @@ class GraphPool:
             torch._C._cuda_releasePool(self._index, self._handle)
 
 
-def sent(numbers: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return numbers as a tensor on `device`, [n]; made there at once, it would wait for all that is queued."""
+def sent(
+    numbers: Sequence[int] | Sequence[float] | Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return numbers, or rows of them, as a tensor; made on `device` at once, it would wait for all that is queued."""
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 

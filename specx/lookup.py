@@ -11,6 +11,7 @@ from specx.branches import Branches, key_of
 _ORDER = 2  # tokens that a match has at least: one alone matches everywhere
 _LONGEST = 16  # tokens that are compared; a longer match is no better
 _CANDIDATES = 24  # occurrences looked at, newest first
+_COPIED = 6  # of these while a passage is being copied: they hardly differ, and each is followed far
 _WEIGHT = 8.0  # of the first guess below, in rounds
 _LEAST = 1e-3  # probability below which nobody would keep a node
 _ENOUGH = 3  # times the nodes wanted, and no more matches are looked at
@@ -100,8 +101,8 @@ class Lookup:
             copying: The limit, where that is more, behind a match so long that a passage is being copied.
         """
         matches = self.index.matches() if limit > 0 and depth > 0 else []
-        if matches and matches[0][1] == _LONGEST:
-            limit = max(limit, copying)
+        if copying > limit and matches and matches[0][1] == _LONGEST:
+            limit, matches = copying, matches[:_COPIED]
         known, reach = self.index.tokens, min(limit, depth)
         rates = [self.rates.of(length) for length in range(_LONGEST + 1)] if matches else []
         nodes: list[tuple[int, int, int, float, int, bool]] = []  # token, parent, depth, chance, length, first

@@ -77,10 +77,9 @@ class TokenChooser:
         if self.mode == "walk":
             return torch.tensor(self._along_the_walk(logits, tree, ids), device=logits.device)
         processed = torch.empty_like(logits, dtype=torch.float32)
-        depths = tree.depths.tolist()  # at once: each look at the device waits for it
-        for depth in range(max(depths) + 1):
-            nodes = sent([node for node, own in enumerate(depths) if own == depth], logits.device)
-            running = torch.cat([ids.expand(len(nodes), -1), _path_tokens(tree, nodes, depth)], dim=1)
+        for level in _levels(tree):
+            nodes, paths = sent(list(level), logits.device), sent(list(level.values()), logits.device)
+            running = torch.cat([ids.expand(len(nodes), -1), paths], dim=1)
             processed[nodes] = self.processors(running, logits[nodes].float())
         return self._take(processed, len(ids) + tree.depths)
 
@@ -116,10 +115,12 @@ class TokenChooser:
             node = int(match[0])
 
 
-def _path_tokens(tree: DraftTree, nodes: Tensor, depth: int) -> Tensor:
-    """Return the tokens from the root to each node, int64 [n, depth + 1]; all nodes lie at `depth`."""
-    columns = []
-    for _ in range(depth + 1):
-        columns.append(tree.tokens[nodes])
-        nodes = tree.parents[nodes]
-    return torch.stack(columns[::-1], dim=1)
+def _levels(tree: DraftTree) -> list[dict[int, list[int]]]:
+    """Return for each depth its nodes with the tokens from the root to each; read at once, not depth by depth."""
+    paths: list[list[int]] = []
+    for token, parent in zip(*tree.lists()[:2], strict=True):
+        paths.append([*(paths[parent] if parent >= 0 else []), token])
+    levels: list[dict[int, list[int]]] = [{} for _ in range(max(map(len, paths)))]
+    for node, path in enumerate(paths):
+        levels[len(path) - 1][node] = path
+    return levels

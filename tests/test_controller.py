@@ -12,6 +12,7 @@ from test_lossless import assert_same, own_tokens
 from test_merge import echoing
 
 from specx import decoding
+from specx.api import load
 from specx.auto_controller import AutoController
 from specx.branches import Calibration, Origin, match_code
 from specx.config import Settings, TreeConfig
@@ -26,9 +27,13 @@ TREE = TreeConfig()
 
 
 class RandomController:
-    """Any plan within the configured tree, in stretches of any length; long ones leave the draft far behind."""
+    """Any plan within the configured tree, in stretches of any length; long ones leave the draft far behind.
+
+    Of the context any number of what it offers, which is more than the tree has while a passage is being copied.
+    """
 
     def __init__(self, seed: int, tree: TreeConfig, scale: Calibration, drafts: bool) -> None:
+        self.largest = 0
         self.rng, self.tree, self.scale, self.drafts = random.Random(seed), tree, scale, drafts
         self.left, self.kind, self.kinds = 0, "plain", set()
 
@@ -44,6 +49,8 @@ class RandomController:
         self.kinds.add(self.kind)
         nodes = rng.randint(2, tree.nodes)
         if self.kind == "lookup":
+            nodes = rng.randint(2, max(tree.nodes, len(offer) + 1))
+            self.largest = max(self.largest, min(nodes, len(offer) + 1))
             return Plan(nodes, 0, 1, draft=False, branches=offer)
         plan = Plan(nodes, rng.randint(0, tree.depth), rng.randint(1, tree.beam), scale=self.scale)
         return plan.within(remaining, offer if self.kind == "merged" else None)
@@ -133,6 +140,21 @@ def test_no_decision_changes_the_output_of_heads(made_head, prompt_of, decide_by
     assert out.tokens == own
     assert out.sources["draft"] > 0
     assert policy == "full" or out.draft_kv_tokens < 64
+
+
+@pytest.mark.parametrize("draft", ["demo", "demo-eagle3", "demo-longspec"])
+def test_no_decision_changes_a_copy(draft, decide_by_chance):
+    """Whose trees from the context are several times as large as the draft's, and leave it as far behind."""
+    model = load(None, draft, dtype="float32")
+    prompt = model.tokenizer.encode("def a(self):\n    return self.b\n\n" * 12)
+    own = model.generate(prompt, plain=True, max_new_tokens=300).tokens
+    made = decide_by_chance(3)
+    bounded = {} if draft == "demo-longspec" else {"draft_context": 96, "chunk_size": 4}
+    out = model.generate(prompt, max_new_tokens=300, **bounded)
+    assert out.tokens == own
+    assert made[-1].kinds == {"lookup", "draft", "merged"}
+    assert made[-1].largest > 32
+    assert not bounded or out.draft_kv_tokens < 96
 
 
 @pytest.fixture(scope="module")

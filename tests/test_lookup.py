@@ -156,11 +156,10 @@ def test_exact_while_copying(temperature):
     options = {"max_new_tokens": 150, "temperature": temperature, "seed": 1}
     out = model.generate(prompt, trace=True, nodes=4, copy_nodes=48, **options)
     assert out.tokens == model.generate(prompt, plain=True, **options).tokens
-    assert max(len(step["tokens"]) for step in out.trace) == 48 or temperature
-    assert (
-        max(len(step["tokens"]) for step in model.generate(prompt, trace=True, nodes=4, copy_nodes=1, **options).trace)
-        == 4
-    )
+    smaller = model.generate(prompt, trace=True, nodes=4, copy_nodes=1, **options)
+    largest = [max(len(step["tokens"]) for step in each.trace) for each in (out, smaller)]
+    assert largest[1] == 4
+    assert largest[0] > 4 or temperature
 
 
 def test_by_name_with_the_bundled_target():
