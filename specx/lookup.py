@@ -11,7 +11,7 @@ from specx.branches import Branches, key_of
 _ORDER = 2  # tokens that a match has at least: one alone matches everywhere
 _LONGEST = 16  # tokens that are compared; a longer match is no better
 _CANDIDATES = 24  # occurrences looked at, newest first
-_COPIED = 6  # of these while a passage is being copied: they hardly differ, and each is followed far
+_AGREED = 3  # of these that say nothing new, one after the other, while a passage is being copied: then all agree
 _WEIGHT = 8.0  # of the first guess below, in rounds
 _LEAST = 1e-3  # probability below which nobody would keep a node
 _ENOUGH = 3  # times the nodes wanted, and no more matches are looked at
@@ -101,17 +101,18 @@ class Lookup:
             copying: The limit, where that is more, behind a match so long that a passage is being copied.
         """
         matches = self.index.matches() if limit > 0 and depth > 0 else []
+        agreed, enough = 0, _CANDIDATES
         if copying > limit and matches and matches[0][1] == _LONGEST:
-            limit, matches = copying, matches[:_COPIED]
+            limit, enough = copying, _AGREED
         known, reach = self.index.tokens, min(limit, depth)
         rates = [self.rates.of(length) for length in range(_LONGEST + 1)] if matches else []
         nodes: list[tuple[int, int, int, float, int, bool]] = []  # token, parent, depth, chance, length, first
         paths, share = [1.0], [1.0]  # of the root and the nodes; share: what their children left
         children: dict[tuple[int, int], int] = {}
         for place, length in matches:
-            if len(nodes) >= _ENOUGH * limit:
+            if len(nodes) >= _ENOUGH * limit or agreed == enough:
                 break
-            node = 0
+            node, before = 0, len(nodes)
             for at, token in enumerate(known[place : place + reach], 1):
                 child = children.get((node, token))
                 if child is None:
@@ -126,6 +127,7 @@ class Lookup:
                     share.append(1.0)
                     child = children[node, token] = len(nodes)
                 node = child
+            agreed = agreed + 1 if len(nodes) == before else 0
         return _ranked(nodes, paths, limit)
 
     def learn(self, offer: Branches, tokens: Sequence[int]) -> None:

@@ -103,6 +103,14 @@ def test_a_passage_that_is_being_copied_gets_a_larger_tree(matched, size):
     assert len(lookup.branches(50, 99, copying=40)) == 50, "the larger number counts"
 
 
+def test_a_short_loop_is_followed_far():
+    """Each match of a loop ends with the text, one turn after the match before it."""
+    lookup = Lookup()
+    lookup.extend([5, 6] * 30)
+    assert lookup.branches(15, 99, copying=40).tokens[:15] == lookup.branches(15, 99).tokens == ([5, 6] * 8)[:15]
+    assert len(lookup.branches(15, 99, copying=40)) == 40
+
+
 def test_rates_follow_what_happens():
     rates = MatchRates()
     assert 0 < rates.of(2) < rates.of(5) < rates.of(16) < 1
