@@ -130,15 +130,19 @@ def _run(
 def cells(rows: list[Row]) -> list[Row]:
     """Return for every kind and length the geometric mean of each setting's tokens/s, and ours over the best fixed.
 
-    A place counts once, with the median of its repetitions.
+    A place counts once, with the median of its repetitions. `apart` is the fastest of these over the slowest, the
+    median of all places and settings: where the machine changed its pace as much, a few percent say nothing.
     """
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    apart: dict[tuple[str, int], list[float]] = {}
     for (kind, context, method, *_), rates_of in _by_place(rows).items():
         found.setdefault((kind, context), {}).setdefault(method, []).append(statistics.median(rates_of))
+        apart.setdefault((kind, context), []).append(max(rates_of) / min(rates_of))
     table = []
     for (kind, context), methods in found.items():
         rates = {name: math.exp(sum(map(math.log, each)) / len(each)) for name, each in methods.items()}
         cell: Row = {"kind": kind, "context": context, "n": len(next(iter(methods.values()))), "rates": rates}
+        cell["apart"] = statistics.median(apart[kind, context])
         for name, left_out in OURS.items():
             others = {other: rate for other, rate in rates.items() if other not in (*OURS, left_out)}
             if name in rates and others:
@@ -162,18 +166,18 @@ def markdown(rows: list[Row]) -> list[str]:
     if not table:
         return []
     names = list(dict.fromkeys(name for cell in table for name in cell["rates"]))
-    head = ["places", "context", "n", *names, "specx over best", "without the context"]
+    head = ["places", "context", "n", *names, "specx over best", "without the context", "turns apart"]
     lines = [
         "## The controller and every fixed setting", "",
         "Decode tokens/s along given texts, the documents' own continuations: every setting writes the same tokens. "
         f"Geometric means over places of the medians of their turns. Wanted: specx at least {LEAST} of the cell's best "
-        "fixed setting; without the context, of the best but lookup.", "",
+        "fixed setting; without the context, of the best but lookup. Turns apart: the fastest of a place and setting "
+        "over the slowest, medians; where the machine's pace changed as much, a few percent say nothing.", "",
         "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1),
     ]  # fmt: skip
     for cell in table:
         rates = [f"{cell['rates'][name]:.1f}" if name in cell["rates"] else "-" for name in names]
         ours = [f"{cell[name]['ratio']:.3f} ({cell[name]['best']})" if name in cell else "-" for name in OURS]
-        lines.append(
-            "| " + " | ".join([cell["kind"], length_name(cell["context"]), str(cell["n"]), *rates, *ours]) + " |"
-        )
+        first = [cell["kind"], length_name(cell["context"]), str(cell["n"])]
+        lines.append("| " + " | ".join([*first, *rates, *ours, f"{cell['apart']:.2f}"]) + " |")
     return [*lines, ""]

@@ -129,6 +129,9 @@ def test_cells_by_hand():
     assert cell["specx"] == {"best": "lookup", "ratio": pytest.approx(1.0)}
     assert cell["specx:lookup=0"] == {"best": "window", "ratio": pytest.approx(1.0)}
     assert "1.000 (lookup)" in "\n".join(grid.markdown(rows))
+    twice = [row | {"decode_tokens_per_second": 1.5 * row["decode_tokens_per_second"]} for row in rows]
+    assert [each["apart"] for each in grid.cells([*rows, *twice])] == [pytest.approx(1.5)]
+    assert grid.markdown([*rows, *twice])[-2].endswith(" 1.50 |")
 
 
 def test_bins_by_hand():
