@@ -1,5 +1,6 @@
 """The measurement of the controller, on tiny models; its arithmetic on rows whose numbers are known."""
 
+import random
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -12,6 +13,8 @@ from specx.config import Settings
 from specx.data.documents import Document
 from specx.eval import controller, grid
 from specx.eval.plot import along_the_text
+from specx.experience import Experience
+from specx.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +123,43 @@ def test_cells_by_hand():
         for method, pair_of in {**rates, "specx:lookup=0": (2.0, 4.5)}.items()
         for place, rate in enumerate(pair_of)
     ]
-    slow = [row | {"decode_tokens_per_second": 0.1} for row in rows[:1]]
-    fast = [row | {"decode_tokens_per_second": 9.0} for row in rows[:1]]
     ended = [row | {"decode_tokens_per_second": None} for row in rows[:1]]
-    (cell,) = grid.cells([*rows, *slow, *fast, *ended, {"measure": "return"}])
+    (cell,) = grid.cells([*rows, *ended, {"measure": "return"}])
     assert cell["n"] == 2
     assert cell["rates"]["plain"] == pytest.approx(2.0)
-    assert cell["specx"] == {"best": "lookup", "ratio": pytest.approx(1.0)}
-    assert cell["specx:lookup=0"] == {"best": "window", "ratio": pytest.approx(1.0)}
-    assert "1.000 (lookup)" in "\n".join(grid.markdown(rows))
-    twice = [row | {"decode_tokens_per_second": 1.5 * row["decode_tokens_per_second"]} for row in rows]
-    assert [each["apart"] for each in grid.cells([*rows, *twice])] == [pytest.approx(1.5)]
-    assert grid.markdown([*rows, *twice])[-2].endswith(" 1.50 |")
+    assert cell["specx"] == {"best": "lookup", "ratio": pytest.approx(1.0), "turns": [pytest.approx(1.0)] * 2}
+    assert cell["specx:lookup=0"]["best"] == "window"
+    assert cell["specx:lookup=0"]["ratio"] == pytest.approx(1.0)
+
+
+def test_settings_are_compared_within_a_turn():
+    base = {"measure": "grid", "kind": "ordinary", "context": 9, "document": "d", "position": 0}
+    rates = {"plain": (1.0, 2.0, 4.0), "specx": (0.9, 1.8, 4.0)}  # the machine was ever faster
+    rows = [base | {"method": name, "decode_tokens_per_second": rate} for name in rates for rate in rates[name]]
+    (cell,) = grid.cells(rows)
+    assert cell["rates"] == {"plain": pytest.approx(2.0), "specx": pytest.approx(1.8)}
+    assert cell["specx"]["turns"] == [pytest.approx(0.9), pytest.approx(1.0)]
+    assert grid.markdown(rows)[-2].endswith("| 0.900 (plain; 0.900 to 1.000) | - |")
+
+
+def test_settings_that_share_a_cache_draft_as_they_do_alone(model, documents):
+    """Along one text side by side, and each with a cache of its own: the same rounds."""
+    ids = documents[1].ids[:300]
+    specs, rng = grid.fixed_settings("plain,lookup,full,window,retrieval"), random.Random(0)
+    target = Target(model.engine, 500, model.engine.score_layer(), (), record=True)
+    target.prefill(ids[:200])
+
+    def run(spec):
+        return grid._Run(model, spec, target._prompt[0], ids, target, Experience())
+
+    together = [run(spec) for spec in specs]
+    grid._turn(together, rng)
+    for spec, found in zip(specs, together, strict=True):
+        alone = run(spec)
+        grid._turn([alone], rng)
+        assert found.out.tokens == alone.out.tokens == ids[200:].tolist()
+        assert (found.out.stats["steps"], found.out.accepted) == (alone.out.stats["steps"], alone.out.accepted)
+    assert len({found.out.stats["steps"] for found in together}) > 2
 
 
 def test_bins_by_hand():
