@@ -1,37 +1,32 @@
 """Every fixed setting, and the controller, along the same texts: what leaving the choice to the controller costs.
 
-Free generations compare settings badly: in bfloat16 they part at a near tie, and the one that falls into a loop looks
-fast. Here the text is given, a document's own continuation, so that every setting writes the same tokens, and what
-differs is how many of them the draft and the context foresee, and what that takes.
+The texts are documents' own continuations. What differs is how many of their tokens the draft and the context foresee,
+and what that takes.
 """
 
 import copy
 import os
 import random
+from collections import deque
 from collections.abc import Iterator
 from statistics import geometric_mean, median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from specx.adapters.lookup import LookupModel
 from specx.api import SpeculativeModel
 from specx.data.documents import Document, length_name
-from specx.decoding import decode
-from specx.eval.controller import GivenText
+from specx.eval.beside import STRETCH, Place, Writer, side_by_side
 from specx.eval.methods import POLICIES, Spec, options_of, parse_methods
 from specx.eval.spans import Kind, Span, choose_spans
 from specx.experience import Experience
-from specx.generation import Generation
-from specx.target import Target
 
 Row = dict[str, Any]
-Place = tuple[str, int]
+At = tuple[str, int]  # document and position
 OURS = {"specx": "", "specx:lookup=0": "lookup"}  # the controller, and the fixed setting that it is not compared with
 LEAST = 0.97  # of the best fixed setting of a cell
 KINDS: tuple[Kind, ...] = ("ordinary", "recurrence")
-_STRETCH = 16  # tokens that a setting writes before the next one has its turn
 
 
 def measure(
@@ -93,81 +88,26 @@ def _place(
     order: random.Random,
 ) -> Iterator[Row]:
     """Let all settings write the text behind one prefill, turn by turn."""
-    ids = span.prompt(context).to(model.engine.device)
-    text = torch.cat([ids, span.continuation.to(ids.device)])
-    taps = model.draft.taps if model.draft else ()
-    target = Target(model.engine, len(text) + 256, model.engine.score_layer(), tuple(taps), record=True)
-    target.prefill(ids)
-    if ids.is_cuda:  # captures for the caches' sizes, which another place's may have thrown away
-        _turn([_Run(model, spec, ids, text, target, copy.deepcopy(experience[spec.text])) for spec in specs], order)
+    place = Place.after(model, torch.cat([span.prompt(context), span.continuation]), context)
+    if place.ids.is_cuda:  # captures for the caches' sizes, which another place's may have thrown away
+        writers = [_writer(model, spec, place, copy.deepcopy(experience[spec.text])) for spec in specs]
+        deque(side_by_side(writers, order), maxlen=0)
     for turn in range(turns):
-        runs = [_Run(model, spec, ids, text, target, experience[spec.text]) for spec in specs]
-        _turn(runs, order)
-        for run in runs:
-            stats = run.out.stats
+        writers = [_writer(model, spec, place, experience[spec.text]) for spec in specs]
+        deque(side_by_side(writers, order), maxlen=0)
+        for writer in writers:
+            stats = writer.out.stats
             yield {
                 "document": span.document, "position": span.position, "context": context, "turn": turn,
-                "method": run.method, "decode_tokens_per_second": stats["decode_tokens_per_second"],
+                "method": writer.name, "decode_tokens_per_second": stats["decode_tokens_per_second"],
                 "tau": stats["tau"], "rounds_by_mode": stats["rounds_by_mode"], "load": round(os.getloadavg()[0], 2),
             }  # fmt: skip
 
 
-def _turn(runs: list["_Run"], order: random.Random) -> None:
-    """Let every setting write a stretch of the text, then the next one, so that the machine's pace falls on all alike.
-
-    Within a stretch their order is by chance: else each would always follow the same other one.
-    """
-    while pending := [run for run in runs if not run.done]:
-        end = min(run.written for run in pending) + _STRETCH
-        for run in order.sample(pending, len(pending)):
-            run.write(end)
-
-
-class _Run:
-    """One setting that writes a text along with others, all in one target's cache.
-
-    What they write is the same, so that the cache of one is that of all; and two caches of the same size may differ by
-    3 % in what reading them takes. What a draft reads of the target is taken from it only while there is one.
-    """
-
-    def __init__(
-        self, model: SpeculativeModel, spec: Spec, ids: Tensor, text: Tensor, target: Target, experience: Experience
-    ) -> None:
-        self.method, self.text, self.out, self.done = spec.text, text, Generation(len(ids)), False
-        self.target = copy.copy(target)
-        if spec.name in ("plain", "lookup"):
-            self.target.score_layer, self.target.taps = None, ()
-        options = options_of(spec)
-        draft = None if options.pop("plain", False) else model.draft
-        settings = model.settings.override(max_new_tokens=len(text) - len(ids), temperature=0.0, **options)
-        self._steps = decode(
-            model.engine, LookupModel() if spec.name == "lookup" else draft, ids, settings, self.out, lambda _: False,
-            target=self.target, chooser=GivenText(text), experience=experience,
-        )  # fmt: skip
-        next(self._steps)  # the prefill's token
-
-    @property
-    def written(self) -> int:
-        """Tokens so far, the prompt's included."""
-        return self.out.prompt_tokens + len(self.out.tokens)
-
-    def write(self, end: int) -> None:
-        """Go on until there are `end` tokens, or the text has ended."""
-        if self.written >= end:
-            return
-        self._resume()
-        while self.written < end and not self.done:
-            self.done = next(self._steps, None) is None
-
-    def _resume(self) -> None:
-        """Bring the cache to where this setting stopped: others have gone on from there, or are not as far."""
-        cache, length = self.target.cache, self.written - 1  # the newest token is the next root
-        cache.truncate(min(cache.committed, length))
-        missing = range(cache.committed, length)
-        if missing:
-            rows = torch.arange(missing.start, missing.stop, device=self.text.device)
-            self.target.model.forward(self.text[rows], rows, cache)
-            cache.commit(range(len(rows)))
+def _writer(model: SpeculativeModel, spec: Spec, place: Place, experience: Experience) -> Writer:
+    options = options_of(spec)
+    draft = None if options.pop("plain", False) else LookupModel() if spec.name == "lookup" else model.draft
+    return Writer(spec.text, model, draft, model.settings.override(**options), place, experience)
 
 
 def cells(rows: list[Row]) -> list[Row]:
@@ -176,7 +116,7 @@ def cells(rows: list[Row]) -> list[Row]:
     A place counts once, in the rates with the median of its turns, in the ratio with the median of its turns' ratios:
     in a turn all settings have met the same pace. `turns` are the lowest and the highest ratio of a turn.
     """
-    found: dict[tuple[str, int], dict[str, dict[Place, list[float]]]] = {}
+    found: dict[tuple[str, int], dict[str, dict[At, list[float]]]] = {}
     for row in rows:
         if row["measure"] == "grid" and row["decode_tokens_per_second"] is not None:
             places = found.setdefault((row["kind"], row["context"]), {}).setdefault(row["method"], {})
@@ -193,7 +133,7 @@ def cells(rows: list[Row]) -> list[Row]:
     return table
 
 
-def _compared(methods: dict[str, dict[Place, list[float]]], name: str, other: str) -> Row:
+def _compared(methods: dict[str, dict[At, list[float]]], name: str, other: str) -> Row:
     """Return how fast one setting was over another one, turn by turn at the places that both have."""
     places = [
         [mine / theirs for mine, theirs in zip(methods[name][place], methods[other][place], strict=False)]
@@ -213,7 +153,7 @@ def markdown(rows: list[Row]) -> list[str]:
     lines = [
         "## The controller and every fixed setting", "",
         "Decode tokens/s along given texts, the documents' own continuations: every setting writes the same tokens, "
-        f"{_STRETCH} in turn. Geometric means over places of the medians of turns. Wanted: specx at least {LEAST} "
+        f"{STRETCH} in turn. Geometric means over places of the medians of turns. Wanted: specx at least {LEAST} "
         "of the cell's best fixed setting; without the context, of the best but lookup. Ratios are medians of those "
         "within a turn, with the lowest and highest turn.", "",
         "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1),

@@ -12,9 +12,9 @@ from specx import cli
 from specx.config import Settings
 from specx.data.documents import Document
 from specx.eval import controller, grid
+from specx.eval.beside import STRETCH, Place, side_by_side
 from specx.eval.plot import along_the_text
 from specx.experience import Experience
-from specx.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -143,23 +143,23 @@ def test_settings_are_compared_within_a_turn():
 
 
 def test_settings_that_share_a_cache_draft_as_they_do_alone(model, documents):
-    """Along one text side by side, and each with a cache of its own: the same rounds."""
-    ids = documents[1].ids[:300]
-    specs, rng = grid.fixed_settings("plain,lookup,full,window,retrieval"), random.Random(0)
-    target = Target(model.engine, 500, model.engine.score_layer(), (), record=True)
-    target.prefill(ids[:200])
+    """Along one text side by side, and one after the other: the same rounds."""
+    place, order = Place.after(model, documents[1].ids[:300], 200), random.Random(0)
 
-    def run(spec):
-        return grid._Run(model, spec, target._prompt[0], ids, target, Experience())
+    def writer(spec):
+        return grid._writer(model, spec, place, Experience())
 
-    together = [run(spec) for spec in specs]
-    grid._turn(together, rng)
+    specs = grid.fixed_settings("plain,lookup,full,window,retrieval")
+    together = [writer(spec) for spec in specs]
+    turns = [each.name for each, _, _ in side_by_side(together, order)]
+    assert max(turns.index(spec.text) for spec in specs) < len(specs) * STRETCH < len(turns)
     for spec, found in zip(specs, together, strict=True):
-        alone = run(spec)
-        grid._turn([alone], rng)
-        assert found.out.tokens == alone.out.tokens == ids[200:].tolist()
-        assert (found.out.stats["steps"], found.out.accepted) == (alone.out.stats["steps"], alone.out.accepted)
-    assert len({found.out.stats["steps"] for found in together}) > 2
+        alone = writer(spec)
+        rounds = [ms for _, _, ms in side_by_side([alone], order)]
+        assert found.out.tokens == alone.out.tokens == place.text[200:].tolist()
+        assert len(rounds) == found.out.steps == alone.out.steps
+        assert found.out.accepted == alone.out.accepted
+    assert len({found.out.steps for found in together}) > 2
 
 
 def test_bins_by_hand():
