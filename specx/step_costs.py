@@ -3,12 +3,15 @@
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 _SAMPLES = 9  # the newest ones of a shape
 _ENOUGH, _MANY = 2, 5  # of them before they are used at all, and before they are believed over better known shapes
-_GAP = 16  # rounds without a shape after which its newest ones are no longer compared with those before
+_WINDOW = 5  # newest rounds that say how fast the machine is
+# What of them is believed. Disturbances only slow down, hence less than the median; but a round whose pace was not yet
+# known seems cheap, which the lowest ones must not decide.
+_USUAL, _LOW = 0.4, 0.25  # of a shape's samples, of the votes on the pace
 _DEARER_NODE, _DEARER_LEVEL, _WAITING = 0.02, 0.1, 0.005  # first guesses, of a plain step: low, so that all is tried
 
 
@@ -40,12 +43,11 @@ PLAIN = Shape(0, 1)
 
 
 @dataclass(slots=True)
-class _Recent:
-    """The newest rounds of a shape at a length, while it is in use: `anchor` is what they would take at a pace of 1."""
+class _Sample:
+    """A measured round: its milliseconds, and the machine's pace at that time as far as it is known."""
 
-    raw: deque[float] = field(default_factory=lambda: deque(maxlen=_MANY))
-    anchor: float | None = None
-    last: int = 0
+    raw: float
+    pace: float
 
 
 class StepCosts:
@@ -61,11 +63,11 @@ class StepCosts:
 
     def __init__(self, prior: CostPrior | None = None) -> None:
         self.prior = prior
-        self._samples: dict[Shape, dict[int, deque[float]]] = {}
+        self._samples: dict[Shape, dict[int, deque[_Sample]]] = {}
         self._typical: dict[Shape, dict[int, float]] = {}
         self._warm: set[Shape] = set()
         self.pace, self.rounds = 1.0, 0
-        self._recent: dict[tuple[Shape, int], _Recent] = {}
+        self._newest: deque[tuple[Shape, int, _Sample, bool]] = deque(maxlen=_WINDOW)
         self._refresh = 0.0  # mean milliseconds of rebuilding the draft's cache, a round with the draft
         self._fed = set[int]()  # orders of magnitude of the tokens that waited
         self._late: deque[tuple[int, float]] = deque(maxlen=_SAMPLES)  # tokens that waited, milliseconds they took
@@ -75,36 +77,54 @@ class StepCosts:
         if shape not in self._warm:
             self._warm.add(shape)
             return
-        place = bucket_of(context)
+        place, sample = bucket_of(context), _Sample(ms, self.pace)
         samples = self._samples.setdefault(shape, {}).setdefault(place, deque(maxlen=_SAMPLES))
-        samples.append(ms / self.pace)
-        self._follow((shape, place), ms, samples)
-        if len(samples) >= _ENOUGH:
-            self._typical.setdefault(shape, {})[place] = _typical(samples)
-
-    def _follow(self, kind: tuple[Shape, int], ms: float, samples: deque[float]) -> None:
-        """Notice when the whole machine has become slower or faster, by a shape that goes on being measured.
-
-        At one length of the context: a longer one makes a shape dearer, not the machine slower.
-
-        Costs are kept as they would be at a pace of 1, or a shape in use would seem dear beside one that was measured
-        when nothing else ran.
-        """
+        early = len(samples) < _SAMPLES
+        if early:
+            samples.append(sample)
+        self._newest.append((shape, place, sample, early))
         self.rounds += 1
-        recent = self._recent.setdefault(kind, _Recent())
-        if self.rounds - recent.last > _GAP:
-            recent.raw.clear()
-            recent.anchor = None
-        recent.last = self.rounds
-        recent.raw.append(ms)
-        if len(recent.raw) < _MANY:
-            return
-        if recent.anchor is None:
-            before = list(samples)[:-_MANY]
-            recent.anchor = _typical(before) if before else _typical(recent.raw) / self.pace
-        self.pace = _typical(recent.raw) / recent.anchor
-        for back in range(1, min(_MANY, len(samples)) + 1):
-            samples[-back] = recent.raw[-back] / self.pace
+        self.pace = sample.pace = self._pace_of_newest()
+        if len(self._newest) == _WINDOW:
+            self._settle(*self._newest[_WINDOW // 2])
+        self._conclude(shape, place)
+
+    def _settle(self, shape: Shape, place: int, sample: _Sample, early: bool) -> None:
+        """Take the round in the middle of the newest ones for good: what came after it is known now.
+
+        Beside a plain step it is compared with that one; among other rounds it says nothing of what its shape takes.
+        """
+        sample.pace = self.pace
+        beside = [self._newest[_WINDOW // 2 + side] for side in (-1, 1)]
+        plain = [
+            each.raw / self._typical[PLAIN][at]
+            for among, at, each, _ in beside
+            if among == PLAIN and at in self._typical.get(PLAIN, ())
+        ]
+        if plain and shape != PLAIN and not early:
+            sample.pace = min(plain)
+            self._samples[shape][place].append(sample)
+        self._conclude(shape, place)
+
+    def _conclude(self, shape: Shape, place: int) -> None:
+        samples = self._samples[shape][place]
+        if len(samples) >= _ENOUGH:
+            self._typical.setdefault(shape, {})[place] = _quantile(_USUAL, [each.raw / each.pace for each in samples])
+
+    def _pace_of_newest(self) -> float:
+        """Return the pace at which the newest rounds were run: a low quantile of what they took over what is usual.
+
+        Few rounds, so that the edge is kept where the pace jumps. At one length of the context each: a longer one makes
+        a shape dearer, not the machine slower. A plain step counts as much as all others, or a shape that was measured
+        at a wrong pace would prove itself right for as long as it is in use.
+        """
+        votes = [
+            ratio
+            for shape, place, sample, _ in self._newest
+            if place in self._typical.get(shape, ())
+            for ratio in [sample.raw / self._typical[shape][place]] * (_WINDOW - 1 if shape == PLAIN else 1)
+        ]
+        return _quantile(_LOW, votes) if len(votes) > _WINDOW // 2 else self.pace
 
     def add_refresh(self, ms: float) -> None:
         """Take note of what a round with the draft spent on rebuilding its cache, 0 for most."""
@@ -204,10 +224,9 @@ class StepCosts:
         return _DEARER_LEVEL * self._plain(context)
 
 
-def _typical(samples: Iterable[float]) -> float:
-    """Return the lower quartile: disturbances only slow down."""
+def _quantile(share: float, samples: Iterable[float]) -> float:
     ordered = sorted(samples)
-    return ordered[(len(ordered) - 1) // 4]
+    return ordered[int((len(ordered) - 1) * share)]
 
 
 def _dearer(nodes: int, levels: int = 0) -> float:

@@ -464,6 +464,21 @@ def test_a_machine_that_slows_down_changes_no_choice():
     assert costs.ms(tree, 2000) == pytest.approx(60.0), "a shape that itself became dearer is measured anew"
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_machine_whose_pace_jumps_makes_no_shape_look_cheap(seed):
+    """Shapes in use by turns, some alone for a while; the pace nearly doubles, or halves again, every 50 rounds."""
+    rng, costs, slow = random.Random(seed), StepCosts(), 1.0
+    shapes = {Shape(0, 8): 13.0, Shape(0, 16): 14.0, Shape(2, 8, 4): 22.0, Shape(4, 16, 4): 30.0}
+    for _ in range(40):
+        used = rng.choice(list(shapes))
+        for number in range(30):
+            slow = 2.8 - slow if rng.random() < 0.02 else slow
+            shape = PLAIN if number % rng.choice((2, 12)) == 0 else used
+            costs.add(shape, 2000, slow * {PLAIN: 10.0, **shapes}[shape] * rng.uniform(1, 1.05))
+    for shape, ms in shapes.items():
+        assert costs.ms(shape, 2000) / costs.ms(PLAIN, 2000) == pytest.approx(ms / 10, rel=0.1), shape
+
+
 def test_a_longer_context_is_not_a_slower_machine():
     """Requests of any length follow one another; what a long one takes says nothing of the machine."""
     costs, tree = StepCosts(), Shape(4, 16, 4)
