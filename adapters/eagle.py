@@ -202,7 +202,6 @@ class EagleDraft:
         self.foreseen = ranks_of(logits[:known], fed[len(fed) - known :], vocabulary) if known else []
         return grow(self._ids.newest, logits[-1], expand, plan, vocabulary)
 
-    @torch.no_grad()
     def accept(self, walk: Walk, step: Output) -> None:
         """Drop the tree's entries; those of the accepted tokens wait with the target's features."""
         self.cache.rollback()
@@ -215,6 +214,7 @@ class EagleDraft:
         more = steady_rows(len(read), LOOK_BACK, read.dtype, read.device) - len(read)
         return self.head.logits(F.pad(read, (0, 0, more, 0)) if more else read)[more:]
 
+    @torch.no_grad()
     def _fuse(self) -> None:
         """Turn features into states, as late as possible: of many tokens at once that costs hardly more than of one."""
         if self._features:

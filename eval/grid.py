@@ -154,8 +154,9 @@ def markdown(rows: list[Row]) -> list[str]:
         "## The controller and every fixed setting", "",
         "Decode tokens/s along given texts, the documents' own continuations: every setting writes the same tokens, "
         f"{STRETCH} in turn. Geometric means over places of the medians of turns. Wanted: specx at least {LEAST} "
-        "of the cell's best fixed setting; without the context, of the best but lookup. Ratios are medians of those "
-        "within a turn, with the lowest and highest turn.", "",
+        "of the cell's best fixed setting; without the context, of the best but lookup. Ratios are those of a place's "
+        "median turn, geometric means over places; in brackets the best setting, and the lowest and highest turn, each "
+        "over all places.", "",
         "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1),
     ]  # fmt: skip
     for cell in table:

@@ -87,7 +87,8 @@ class StepCosts:
         self.pace = sample.pace = self._pace_of_newest()
         if len(self._newest) == _WINDOW:
             self._settle(*self._newest[_WINDOW // 2])
-        self._conclude(shape, place)
+        if early:
+            self._conclude(shape, place)
 
     def _settle(self, shape: Shape, place: int, sample: _Sample, early: bool) -> None:
         """Take the round in the middle of the newest ones for good: what came after it is known now.
@@ -95,16 +96,20 @@ class StepCosts:
         Beside a plain step it is compared with that one; among other rounds it says nothing of what its shape takes.
         """
         sample.pace = self.pace
+        if early:
+            self._conclude(shape, place)
+        if early or shape == PLAIN:
+            return
         beside = [self._newest[_WINDOW // 2 + side] for side in (-1, 1)]
         plain = [
             each.raw / self._typical[PLAIN][at]
             for among, at, each, _ in beside
             if among == PLAIN and at in self._typical.get(PLAIN, ())
         ]
-        if plain and shape != PLAIN and not early:
+        if plain:
             sample.pace = min(plain)
             self._samples[shape][place].append(sample)
-        self._conclude(shape, place)
+            self._conclude(shape, place)
 
     def _conclude(self, shape: Shape, place: int) -> None:
         samples = self._samples[shape][place]
